@@ -1,0 +1,1 @@
+"""Faster diffusion video and image generation, with its price in quality shown."""
