@@ -1,0 +1,60 @@
+"""What a method is: frozen settings that turn one attention call into a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from falloff.geometry import Sequence
+from falloff.plan import Plan
+from falloff.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One self-attention call: its tokens, and where in the model and the run it stands."""
+
+    sequence: Sequence
+    layer: int = 0
+    layers: int = 1
+    step: int | None = None
+    steps: int | None = None
+    branch: str | None = None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A method's answer that a call is better computed dense, and why."""
+
+    reason: str
+
+
+@dataclass
+class State:
+    """What a method keeps between its calls for one (session, layer, branch); emptied when a run starts."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Settings of a method. Subclasses are frozen dataclasses; equal settings are equal methods."""
+
+    name: ClassVar[str]
+    """How the command line and recipes call it."""
+    static: ClassVar[bool] = False
+    """Plans depend on the sequence alone, so that one plan serves every layer, step and branch."""
+    schedule: ClassVar[Schedule] = Schedule()
+    """What stays dense unless the user says otherwise."""
+
+    @abstractmethod
+    def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
+        """The plan for one call. A static method must not read q, k or v."""
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, for JSON and YAML; ``type(m)(**m.settings()) == m``."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,270 @@
+"""What a kernel must know about one attention call: orders, blocks, and which pairs of blocks are computed.
+
+Shapes: B batch, H heads, N tokens, Tq / Tk query / key blocks. A block map with batch or head axis of size 1
+is shared along it. All tensors of a plan live on one device and are never written to after construction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Sizes = int | Tensor
+
+
+class PlanError(ValueError):
+    """A plan that does not describe an attention call, or not this one."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMap:
+    """Which (query block, key block) pairs are computed, as CSR over rows (b, h, query block).
+
+    ``start`` int64 [B * H * Tq + 1] and ``columns`` int32 [pairs], ascending and unique in every row.
+    """
+
+    shape: tuple[int, int, int, int]
+    start: Tensor
+    columns: Tensor
+
+    def __post_init__(self) -> None:
+        rows, width = self.rows, self.shape[3]
+        start, columns = self.start, self.columns
+        if start.dtype != torch.int64 or columns.dtype != torch.int32:
+            raise PlanError(f"start must be int64 and columns int32, got {start.dtype} and {columns.dtype}")
+        if start.shape != (rows + 1,) or columns.ndim != 1:
+            raise PlanError(f"start must have shape ({rows + 1},), got {tuple(start.shape)}")
+        if int(start[0]) != 0 or int(start[-1]) != columns.numel() or bool((start.diff() < 0).any()):
+            raise PlanError(f"start must rise from 0 to the number of pairs, {columns.numel()}")
+        if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= width):
+            raise PlanError(f"key block ids must lie in 0 to {width - 1}")
+        falls = columns.diff() <= 0
+        row_ends = start[1:-1] - 1
+        inside = (row_ends >= 0) & (row_ends < falls.numel())
+        falls[row_ends[inside]] = False
+        if bool(falls.any()):
+            raise PlanError("key block ids must be ascending and unique in every row")
+
+    @staticmethod
+    def from_dense(blocks: Tensor) -> BlockMap:
+        """From booleans [Tq, Tk], [H, Tq, Tk] or [B, H, Tq, Tk]."""
+        if blocks.dtype != torch.bool or not 2 <= blocks.ndim <= 4:
+            raise PlanError(f"a dense block map is bool [B|1, H|1, Tq, Tk], got {blocks.dtype} {tuple(blocks.shape)}")
+        blocks = blocks.reshape((1,) * (4 - blocks.ndim) + tuple(blocks.shape))
+        flat = blocks.flatten(0, 2)
+        start = torch.zeros(flat.shape[0] + 1, dtype=torch.int64, device=blocks.device)
+        torch.cumsum(flat.sum(1), 0, out=start[1:])
+        b, h, q, k = blocks.shape
+        return BlockMap((b, h, q, k), start, flat.nonzero()[:, 1].to(torch.int32))
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+    @property
+    def pairs(self) -> int:
+        return self.columns.numel()
+
+    @property
+    def row_ids(self) -> Tensor:
+        """The row of every pair, int64 [pairs]."""
+        return torch.repeat_interleave(torch.arange(self.rows, device=self.start.device), self.start.diff())
+
+    def dense(self) -> Tensor:
+        """As booleans [B|1, H|1, Tq, Tk]."""
+        blocks = torch.zeros(self.rows, self.shape[3], dtype=torch.bool, device=self.start.device)
+        blocks[self.row_ids, self.columns.long()] = True
+        return blocks.view(self.shape)
+
+    @cached_property
+    def transposed(self) -> BlockMap:
+        """The map of (key block, query block) pairs, for gradients of keys and values."""
+        b, h, q, k = self.shape
+        row = self.row_ids
+        key_row = torch.div(row, q, rounding_mode="floor") * k + self.columns
+        by_key = torch.argsort(key_row, stable=True)
+        start = torch.zeros(b * h * k + 1, dtype=torch.int64, device=row.device)
+        torch.cumsum(torch.bincount(key_row, minlength=b * h * k), 0, out=start[1:])
+        return BlockMap((b, h, k, q), start, (row % q)[by_key].to(torch.int32))
+
+    def to(self, device: torch.device | str) -> BlockMap:
+        if self.start.device == torch.device(device):
+            return self
+        return BlockMap(self.shape, self.start.to(device), self.columns.to(device))
+
+    def picture(self, pixels: int = 256) -> np.ndarray:
+        """Share of computed pairs, uint8 [p, p] with p <= pixels: 255 all, 0 none; batch and heads averaged."""
+        b, h, q, k = self.shape
+        rows, columns = min(q, pixels), min(k, pixels)
+        y = (self.row_ids % q) * rows // q
+        x = self.columns.long() * columns // k
+        counts = torch.bincount(y * columns + x, minlength=rows * columns).view(rows, columns).cpu().double()
+        area_y = torch.bincount(torch.arange(q) * rows // q, minlength=rows)
+        area_x = torch.bincount(torch.arange(k) * columns // k, minlength=columns)
+        share = counts / (b * h * area_y[:, None] * area_x)
+        return np.asarray((share * 255).round().to(torch.uint8))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan:
+    """One attention call over ``q_len`` queries and ``kv_len`` keys, computed block by block.
+
+    ``q_order`` / ``kv_order``: int64 permutations [N], or [B|1, H|1, N] per head; ``None`` is the given order.
+    ``q_sizes`` / ``kv_sizes``: an int for uniform blocks with a shorter last one, or int64 [T] or
+    [B|1, H|1, T] sizes that sum to N, zero allowed. ``blocks``: the map; each of its blocks is computed whole.
+    A ``partial`` plan (one branch of a merge) may have queries that see nothing: they give 0 and LSE -inf.
+
+    Raises ``PlanError`` when these do not fit together. Checked once here, trusted by kernels.
+    """
+
+    q_len: int
+    kv_len: int
+    q_sizes: Sizes
+    kv_sizes: Sizes
+    blocks: BlockMap
+    q_order: Tensor | None = None
+    kv_order: Tensor | None = None
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        batch, heads, q_blocks, kv_blocks = self.blocks.shape
+        for side, length, sizes, order, count in (
+            ("q", self.q_len, self.q_sizes, self.q_order, q_blocks),
+            ("kv", self.kv_len, self.kv_sizes, self.kv_order, kv_blocks),
+        ):
+            _check_sizes(side, length, sizes, count, (batch, heads))
+            if order is not None:
+                _check_order(side, length, order, (batch, heads))
+        if not self.partial and bool((self._row_pairs()[self._q_sizes_rows() > 0] == 0).any()):
+            raise PlanError("a query block sees no key; give every block at least one key block, or set partial=True")
+
+    def q_sizes_BHT(self) -> Tensor:
+        """Query block sizes, int64 [B|1, H|1, Tq]."""
+        return _sizes_BHT(self.q_len, self.q_sizes, self.blocks.start.device)
+
+    def kv_sizes_BHT(self) -> Tensor:
+        """Key block sizes, int64 [B|1, H|1, Tk]."""
+        return _sizes_BHT(self.kv_len, self.kv_sizes, self.blocks.start.device)
+
+    @cached_property
+    def pairs(self) -> int:
+        """Computed token pairs of all the maps (batch entries and heads with a map of their own) together."""
+        return int((self._row_pairs() * self._q_sizes_rows()).sum())
+
+    @cached_property
+    def density(self) -> float:
+        """Computed token pairs / all token pairs."""
+        maps = self.blocks.shape[0] * self.blocks.shape[1]
+        return self.pairs / (maps * self.q_len * self.kv_len)
+
+    def flops(self, *, batch: int, heads: int, head_dim: int) -> int:
+        """Multiply-adds of both products over the computed pairs, counted twice each (4 D a pair)."""
+        maps = self.blocks.shape[0] * self.blocks.shape[1]
+        return 4 * head_dim * self.pairs * batch * heads // maps
+
+    def mask(self) -> Tensor:
+        """The computed token pairs in the given (unpermuted) order, bool [B|1, H|1, Nq, Nkv]. For small N."""
+        batch, heads, q_blocks, kv_blocks = self.blocks.shape
+        q_block = _block_of(self.q_sizes_BHT(), self.q_order, self.q_len, (batch, heads))
+        kv_block = _block_of(self.kv_sizes_BHT(), self.kv_order, self.kv_len, (batch, heads))
+        index = q_block[..., :, None] * kv_blocks + kv_block[..., None, :]
+        flat = self.blocks.dense().view(batch, heads, q_blocks * kv_blocks)
+        return flat.gather(2, index.flatten(2)).view(batch, heads, self.q_len, self.kv_len)
+
+    def refine(self, size: int) -> Plan:
+        """The same pairs at a smaller uniform block size, which must divide both of the plan's."""
+        if not isinstance(self.q_sizes, int) or not isinstance(self.kv_sizes, int):
+            raise PlanError("only uniform blocks can be refined")
+        if self.q_sizes % size or self.kv_sizes % size:
+            raise PlanError(f"blocks of {self.q_sizes} x {self.kv_sizes} cannot be cut into blocks of {size}")
+        fine = self.blocks.dense().repeat_interleave(self.q_sizes // size, 2)
+        fine = fine.repeat_interleave(self.kv_sizes // size, 3)
+        fine = fine[:, :, : -(-self.q_len // size), : -(-self.kv_len // size)]
+        blocks = BlockMap.from_dense(fine)
+        return dataclasses.replace(self, q_sizes=size, kv_sizes=size, blocks=blocks)
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan on a device; itself when it is there already."""
+        blocks = self.blocks.to(device)
+        if blocks is self.blocks:
+            return self
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name in ("q_sizes", "kv_sizes", "q_order", "kv_order")
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        return dataclasses.replace(self, blocks=blocks, **moved)
+
+    def _row_pairs(self) -> Tensor:
+        """Keys seen by each row's queries, int64 [B * H * Tq]."""
+        batch, heads, q_blocks, kv_blocks = self.blocks.shape
+        sizes = self.kv_sizes_BHT().expand(batch, heads, kv_blocks).reshape(-1)
+        row = self.blocks.row_ids
+        seen = sizes[torch.div(row, q_blocks, rounding_mode="floor") * kv_blocks + self.blocks.columns]
+        return torch.zeros(self.blocks.rows, dtype=torch.int64, device=row.device).index_add_(0, row, seen)
+
+    def _q_sizes_rows(self) -> Tensor:
+        batch, heads, q_blocks, _ = self.blocks.shape
+        return self.q_sizes_BHT().expand(batch, heads, q_blocks).reshape(-1)
+
+
+def dense_plan(q_len: int, kv_len: int, block: int = 128) -> Plan:
+    """The plan that computes every pair."""
+    blocks = torch.ones(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
+    return Plan(q_len=q_len, kv_len=kv_len, q_sizes=block, kv_sizes=block, blocks=BlockMap.from_dense(blocks))
+
+
+def _sizes_BHT(length: int, sizes: Sizes, device: torch.device) -> Tensor:
+    if isinstance(sizes, Tensor):
+        return sizes.reshape((1,) * (3 - sizes.ndim) + tuple(sizes.shape))
+    starts = torch.arange(0, length, sizes, device=device)
+    return (length - starts).clamp(max=sizes).view(1, 1, -1)
+
+
+def _block_of(sizes_BHT: Tensor, order: Tensor | None, length: int, lead: tuple[int, int]) -> Tensor:
+    """The block of every token in the given order, int64 [B, H, N]."""
+    ends = sizes_BHT.cumsum(-1).expand(*lead, -1).contiguous()
+    positions = torch.arange(length, device=ends.device).expand(*lead, -1).contiguous()
+    block = torch.searchsorted(ends, positions, right=True)
+    if order is None:
+        return block
+    return torch.empty_like(block).scatter_(-1, order.expand_as(block), block)
+
+
+def _check_sizes(side: str, length: int, sizes: Sizes, count: int, lead: tuple[int, int]) -> None:
+    if length < 1:
+        raise PlanError(f"{side}_len must be at least 1, got {length}")
+    if isinstance(sizes, int):
+        if sizes < 1:
+            raise PlanError(f"{side}_sizes must be at least 1, got {sizes}")
+        if -(-length // sizes) != count:
+            raise PlanError(
+                f"{length} tokens in blocks of {sizes} are {-(-length // sizes)} blocks, the map has {count}"
+            )
+        return
+    if sizes.dtype != torch.int64 or not _leads(sizes, count, lead):
+        raise PlanError(
+            f"{side}_sizes must be int64 [{count}] or [{lead[0]}|1, {lead[1]}|1, {count}], "
+            f"got {sizes.dtype} {tuple(sizes.shape)}"
+        )
+    if bool((sizes < 0).any()) or bool((sizes.sum(-1) != length).any()):
+        raise PlanError(f"{side}_sizes must be at least 0 and sum to {length} tokens")
+
+
+def _check_order(side: str, length: int, order: Tensor, lead: tuple[int, int]) -> None:
+    if order.dtype != torch.int64 or not _leads(order, length, lead):
+        raise PlanError(f"{side}_order must be int64 [{length}] or [B|1, H|1, {length}], got {tuple(order.shape)}")
+    if not torch.equal(order.sort(-1).values, torch.arange(length, device=order.device).expand_as(order)):
+        raise PlanError(f"{side}_order is not a permutation of 0 to {length - 1}")
+
+
+def _leads(value: Tensor, last: int, lead: tuple[int, int]) -> bool:
+    if value.shape[-1:] != (last,) or value.ndim not in (1, 3):
+        return False
+    return value.ndim == 1 or all(n in (1, m) for n, m in zip(value.shape[:2], lead, strict=True))
