@@ -57,11 +57,12 @@ class BlockMap:
         if blocks.dtype != torch.bool or not 2 <= blocks.ndim <= 4:
             raise PlanError(f"a dense block map is bool [B|1, H|1, Tq, Tk], got {blocks.dtype} {tuple(blocks.shape)}")
         blocks = blocks.reshape((1,) * (4 - blocks.ndim) + tuple(blocks.shape))
-        flat = blocks.flatten(0, 2)
-        start = torch.zeros(flat.shape[0] + 1, dtype=torch.int64, device=blocks.device)
-        torch.cumsum(flat.sum(1), 0, out=start[1:])
         b, h, q, k = blocks.shape
-        return BlockMap((b, h, q, k), start, flat.nonzero()[:, 1].to(torch.int32))
+        index = _flat_nonzero(blocks)
+        row_ends = torch.arange(1, b * h * q + 1, device=blocks.device) * k
+        start = torch.zeros(b * h * q + 1, dtype=torch.int64, device=blocks.device)
+        start[1:] = torch.searchsorted(index, row_ends)
+        return BlockMap((b, h, q, k), start, (index % k).to(torch.int32))
 
     @property
     def rows(self) -> int:
@@ -218,6 +219,13 @@ def dense_plan(q_len: int, kv_len: int, block: int = 128) -> Plan:
     """The plan that computes every pair."""
     blocks = torch.ones(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
     return Plan(q_len=q_len, kv_len=kv_len, q_sizes=block, kv_sizes=block, blocks=BlockMap.from_dense(blocks))
+
+
+def _flat_nonzero(blocks: Tensor) -> Tensor:
+    """Flat indices of the true entries, int64; numpy's search is several times faster than torch's on the CPU."""
+    if blocks.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(blocks.numpy()))
+    return blocks.flatten().nonzero()[:, 0]
 
 
 def _sizes_BHT(length: int, sizes: Sizes, device: torch.device) -> Tensor:

@@ -1,0 +1,31 @@
+"""Methods: settings that make plans, one file each."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.full import Full
+from falloff.methods.radial import Radial
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Radial)}
+"""Every method by the name that the command line and recipes use."""
+
+
+def get(name: str, **settings: Any) -> Method:
+    """The named method with these settings; the rest keep their defaults.
+
+    Raises ``ValueError`` for an unknown name or setting, and what the method raises for an illegal value.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(sorted(METHODS))}")
+    method = METHODS[name]
+    known = [field.name for field in dataclasses.fields(method)]
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f"{name} has no setting {setting!r}; it has {', '.join(known) or 'none'}")
+    return method(**settings)
+
+
+__all__ = ["METHODS", "Call", "Dense", "Full", "Method", "Radial", "State", "get"]

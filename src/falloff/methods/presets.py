@@ -1,0 +1,79 @@
+"""Published settings as data: a method, its schedule, and where they come from.
+
+Shares of steps stand for the published counts (12 of 50 steps is 0.24), so that other step counts keep the
+proportion. Widths and frame drop are the published ones; blocks follow the coverage rule, whose densities lie
+within 0.7 points of the published code's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from falloff.methods.base import Method
+from falloff.methods.radial import Radial
+from falloff.schedule import Schedule
+
+PAPER = "arXiv:2506.19852"
+SCRIPTS = "mit-han-lab/radial-attention, inference scripts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Settings someone published: ``enable(pipe, preset.method, schedule=preset.schedule)``.
+
+    evidence: the report behind the settings. None of these has been measured here on the real weights.
+    """
+
+    method: Method
+    schedule: Schedule
+    evidence: str
+
+
+def _radial(decay: float, block: int = 128, sink_frames: int = 1) -> Radial:
+    return Radial(decay=decay, block=block, sink_frames=sink_frames, frame_drop="published")
+
+
+PRESETS: dict[str, Preset] = {
+    "radial/wan2.1-14b": Preset(
+        method=_radial(0.2),
+        schedule=Schedule(dense_first=0.24, dense_layers=(0,)),
+        evidence=f"{SCRIPTS}: 768x1280, 69 frames, 12 of 50 steps dense; {PAPER} Table 1: 23.9 dB PSNR, 1.77x",
+    ),
+    "radial/wan2.1-14b-2x": Preset(
+        method=_radial(1.0),
+        schedule=Schedule(dense_first=2, dense_layers=(0, 1)),
+        evidence=f"{SCRIPTS}: 720x1280, 161 frames, with a length LoRA; {PAPER} Table 2: 2.01x",
+    ),
+    "radial/wan2.2-a14b": Preset(
+        method=_radial(0.8, block=64),
+        schedule=Schedule(dense_first=0.275, dense_layers=(0,)),
+        evidence=f"{SCRIPTS}: 768x1280, 77 frames, 11 of 40 steps dense over both experts",
+    ),
+    "radial/hunyuan": Preset(
+        method=_radial(0.95, sink_frames=0),
+        schedule=Schedule(dense_first=0.24, dense_layers=()),
+        evidence=f"{SCRIPTS}: 768x1280, 117 frames, 12 of 50 steps dense; {PAPER} Table 1: 27.3 dB PSNR, 1.88x",
+    ),
+    "radial/hunyuan-4x": Preset(
+        method=_radial(1.0),
+        schedule=Schedule(dense_first=2, dense_layers=(0, 1)),
+        evidence=f"{SCRIPTS}: 720x1280, 509 frames, with a length LoRA; {PAPER} Table 2: 3.71x",
+    ),
+    "radial/mochi": Preset(
+        method=_radial(1.0),
+        schedule=Schedule(dense_first=12, dense_layers=()),
+        evidence=f"{SCRIPTS}: stub with 12 dense steps; its decay is not published, 1 is the paper's width",
+    ),
+    "radial/mochi-4x": Preset(
+        method=_radial(1.0),
+        schedule=Schedule(dense_first=2, dense_layers=(0, 1)),
+        evidence=f"{PAPER} Table 2: 480x848, 667 frames, with a length LoRA, 2.57x",
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The published settings of that name; raises ``ValueError`` with the known names for another."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
