@@ -100,7 +100,9 @@ def compare(
     sparse = [_Way(label, method, schedule, kernel) for label, method in zip(_labels(chosen), chosen, strict=True)]
     ways = [_Way("dense", None), *sparse, _Way("dense again", probe)]
 
-    told = _Told(progress, total=(len(ways) * len(pairs) * steps(pipe, call_arguments)) + len(ways[:-1]) * WARM_UP_STEPS)
+    told = _Told(
+        progress, total=(len(ways) * len(pairs) * steps(pipe, call_arguments)) + len(ways[:-1]) * WARM_UP_STEPS
+    )
     for way in ways[:-1]:
         told.doing = f"warming up {way.label}"
         short = {**call_arguments, "num_inference_steps": WARM_UP_STEPS}
@@ -147,29 +149,31 @@ def _run_pair(
 ) -> list[_Outcome]:
     """Every way once, starting with another one for every pair; outcomes in the order of ``ways``."""
     pair = pairs[number]
-    done: dict[str, tuple[Generation, Any]] = {}
+    done: dict[int, tuple[Generation, Any]] = {}
     for place in range(len(ways)):
-        way = ways[(number + place) % len(ways)]
+        index = (number + place) % len(ways)
+        way = ways[index]
         told.doing = f"{way.label}, pair {number + 1} of {len(pairs)}"
         with way.attached(pipe):
-            generation = generate(
-                pipe, pair.prompt, seed=pair.seed, call_arguments=call_arguments, on_step=told.step
+            generation = generate(pipe, pair.prompt, seed=pair.seed, call_arguments=call_arguments, on_step=told.step)
+            done[index] = generation, None if way.method is None else api.report(pipe)
+    dense, again = _as_float(done[0][0]), _as_float(done[len(ways) - 1][0])
+    outcomes = []
+    for index in range(len(ways)):
+        generation, report = done[index]
+        # plain dense has nothing to be close to but the second dense run, which is the noise floor
+        reference = dense if index else again
+        outcomes.append(
+            _Outcome(
+                seconds=generation.seconds,
+                peak_bytes=generation.peak_bytes,
+                psnr=psnr(_as_float(generation), reference),
+                ssim=ssim(_as_float(generation), reference),
+                video=encode(generation.frames_FHWC, fps),
+                report=report,
             )
-            done[way.label] = generation, None if way.method is None else api.report(pipe)
-    dense = _as_float(done["dense"][0])
-    # plain dense has nothing to be close to but the second dense run, which is the noise floor
-    partner = {way.label: dense for way in ways} | {"dense": _as_float(done["dense again"][0])}
-    return [
-        _Outcome(
-            seconds=generation.seconds,
-            peak_bytes=generation.peak_bytes,
-            psnr=psnr(_as_float(generation), partner[label]),
-            ssim=ssim(_as_float(generation), partner[label]),
-            video=encode(generation.frames_FHWC, fps),
-            report=report,
         )
-        for label, (generation, report) in ((way.label, done[way.label]) for way in ways)
-    ]
+    return outcomes
 
 
 def _as_float(generation: Generation) -> Tensor:
@@ -211,7 +215,7 @@ def _shared(label: str, outcomes: list[_Outcome]) -> dict[str, Any]:
     }
 
 
-def _times(reports: Sequence[Any]) -> dict[str, float]:
+def _times(reports: Sequence[Any]) -> dict[str, Any]:
     return {
         "attention_seconds": fmean(report.attention_seconds for report in reports),
         "forward_seconds": fmean(report.forward_seconds - report.plan_seconds for report in reports),
@@ -226,17 +230,18 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def _labels(methods: Sequence[Method]) -> list[str]:
-    """A method's name; with the settings that tell it apart where several share a name."""
-    return [
-        method.name if [other.name for other in methods].count(method.name) == 1 else _full_label(method, methods)
-        for method in methods
-    ]
+    """A method's name, with the settings that tell it apart where several share a name.
 
-
-def _full_label(method: Method, methods: Sequence[Method]) -> str:
-    rivals = [other.settings() for other in methods if other.name == method.name]
-    differing = [key for key in method.settings() if len({str(settings[key]) for settings in rivals}) > 1]
-    return f"{method.name} {', '.join(f'{key}={method.settings()[key]}' for key in differing)}"
+    Raises ``ValueError`` for a method given twice.
+    """
+    if any(method in methods[:place] for place, method in enumerate(methods)):
+        raise ValueError(f"a method is given twice; compare different ones: {', '.join(map(repr, methods))}")
+    labels = []
+    for method in methods:
+        rivals = [other.settings() for other in methods if other.name == method.name]
+        differing = [key for key in rivals[0] if len({str(settings[key]) for settings in rivals}) > 1]
+        labels.append(" ".join([method.name, *(f"{key}={method.settings()[key]}" for key in differing)]))
+    return labels
 
 
 def _command(
@@ -247,7 +252,10 @@ def _command(
     fps: float,
     call_arguments: dict[str, Any],
 ) -> str:
-    prompts, seeds = list(dict.fromkeys(pair.prompt for pair in pairs)), list(dict.fromkeys(pair.seed for pair in pairs))
+    prompts, seeds = (
+        list(dict.fromkeys(pair.prompt for pair in pairs)),
+        list(dict.fromkeys(pair.seed for pair in pairs)),
+    )
     named = {"seeds": seeds, "schedule": schedule, "kernel": kernel, "fps": fps, **call_arguments}
     arguments = "".join(f", {name}={value!r}" for name, value in named.items() if value is not None)
     return f"falloff.compare(pipe, {prompts!r}, {list(methods)!r}{arguments})"

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import interpolate
 
 from falloff.evaluation import files
 
@@ -68,3 +70,13 @@ def read(source: Path | bytes) -> Frames:
 
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def shrink(frames_FHWC: Frames, side: int) -> Frames:
+    """Frames whose longer side is at most ``side`` pixels, averaged over the area of every pixel."""
+    height, width = frames_FHWC.shape[1:3]
+    factor = min(1.0, side / max(height, width))
+    size = (round(height * factor), round(width * factor))
+    pixels = torch.from_numpy(frames_FHWC).permute(0, 3, 1, 2).float()
+    resized = interpolate(pixels, size=size, mode="area").round().to(torch.uint8)
+    return np.asarray(resized.permute(0, 2, 3, 1))
