@@ -1,0 +1,41 @@
+"""Kernels: code that runs a plan on queries, keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from falloff.kernels.check import check_call
+from falloff.kernels.choose import Choice, available, choose, kernel_named
+from falloff.kernels.errors import KernelError, UnsupportedError
+from falloff.kernels.merge import merge
+from falloff.plan import Plan
+
+__all__ = ["Choice", "KernelError", "UnsupportedError", "available", "choose", "merge", "run"]
+
+
+def run(
+    plan: Plan,
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    *,
+    scale: float | None = None,
+    key_valid: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention over the plan's pairs of tokens: out [B, H, Nq, D] in q's dtype, LSE [B, H, Nq].
+
+    Tokens are given and returned in the caller's order; the plan's orders are applied inside. ``scale`` defaults
+    to ``D ** -0.5``. ``key_valid`` bool [B, Nkv] drops keys (padding) whatever they hold. The LSE is the natural
+    logarithm of the sum of exponentials of the scaled logits, float32 (float64 for float64); a query without keys
+    gives 0 and -inf. Differentiable in q, k and v through both results.
+
+    Raises ``KernelError`` when the tensors do not fit the plan, ``UnsupportedError`` when the kernel named by
+    ``impl`` cannot run the call.
+    """
+    check_call(plan, q_BHND, k_BHND, v_BHND, key_valid)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHND, k_BHND, v_BHND))
+    choice = choose(plan, q_BHND, impl=impl, needs_grad=needs_grad)
+    scale = q_BHND.shape[-1] ** -0.5 if scale is None else scale
+    return kernel_named(choice.name).attention(plan, q_BHND, k_BHND, v_BHND, scale, key_valid)

@@ -1,0 +1,148 @@
+"""The front door: attach a method to a pipeline, ask what it did, and leave again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
+
+from falloff import kernels, methods
+from falloff.hosts import UnsupportedModelError, host_for
+from falloff.methods.base import Method
+from falloff.plan import Plan
+from falloff.schedule import Schedule
+from falloff.session import Report, Session
+
+if TYPE_CHECKING:
+    from falloff.hosts.diffusers import Attachment
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""Where a diffusers pipeline keeps its transformers; Wan 2.2 has two."""
+T = TypeVar("T")
+
+
+class NotEnabledError(RuntimeError):
+    """falloff is not attached to what was given."""
+
+
+class AlreadyEnabledError(RuntimeError):
+    """falloff is attached to what was given already."""
+
+
+def enable(
+    pipe: T,
+    method: Method | str,
+    *,
+    schedule: Schedule | None = None,
+    kernel: str = "auto",
+    timing: bool = False,
+    replace: bool = False,
+) -> T:
+    """Let a method plan the self-attention of a diffusers pipeline, a transformer or a list of transformers.
+
+    ``method``: a method, or its name for its default settings. ``schedule``: what stays dense; ``None`` takes the
+    method's own. ``kernel``: "auto", or the one kernel to use. ``timing``: measure attention and forwards too.
+    Returns ``pipe``, the same object. When this raises, nothing was attached.
+
+    Raises ``AlreadyEnabledError`` when a method is attached already, unless ``replace`` is set,
+    ``UnsupportedModelError`` for models of no known family, and ``ValueError`` for unknown methods and kernels.
+    """
+    method = methods.get(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method or the name of one, got {method!r}")
+    _check_kernel(kernel)
+    models = _models(pipe)
+    hosts = [host_for(model) for model in models]
+    before = _attachments(models)
+    if before and not replace:
+        raise AlreadyEnabledError(
+            f"falloff is already enabled here with {before[0].session.method}; pass replace=True, or disable it first"
+        )
+    from falloff.hosts import diffusers
+
+    for attachment in before:
+        diffusers.detach(attachment)
+    session = Session(method, schedule=schedule or method.schedule, kernel=kernel, timing=timing)
+    diffusers.attach(models, hosts, session, pipe if _is_pipeline(pipe) else None)
+    return pipe
+
+
+def disable(pipe: Any) -> None:
+    """Leave the pipeline, the transformer or the list as it was. Raises ``NotEnabledError`` when not attached."""
+    attachments = _enabled(pipe)
+    from falloff.hosts import diffusers
+
+    for attachment in attachments:
+        diffusers.detach(attachment)
+
+
+@contextmanager
+def using(
+    pipe: T, method: Method | str, *, schedule: Schedule | None = None, kernel: str = "auto", timing: bool = False
+) -> Iterator[T]:
+    """``enable`` for the duration of a ``with`` block."""
+    enable(pipe, method, schedule=schedule, kernel=kernel, timing=timing)
+    try:
+        yield pipe
+    finally:
+        disable(pipe)
+
+
+def report(pipe: Any) -> Report:
+    """What the method did in the last run. Raises ``NotEnabledError`` when not attached."""
+    sessions = {id(attachment.session): attachment.session for attachment in _enabled(pipe)}
+    if len(sessions) > 1:
+        raise ValueError("these transformers were enabled one by one; ask for the report of each")
+    return next(iter(sessions.values())).report()
+
+
+def attention(
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    key_valid: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention over a plan's pairs, [B, H, Nq, D]; see ``falloff.kernels.run``, which also returns the LSE."""
+    return kernels.run(plan, q_BHND, k_BHND, v_BHND, scale=scale, key_valid=key_valid, impl=impl)[0]
+
+
+def _models(pipe: Any) -> list[nn.Module]:
+    """The transformers meant; the original of a compiled one."""
+    if isinstance(pipe, nn.Module):
+        found = [pipe]
+    elif isinstance(pipe, list | tuple):
+        found = list(pipe)
+    elif _is_pipeline(pipe):
+        found = [model for name in TRANSFORMERS if (model := getattr(pipe, name, None)) is not None]
+    else:
+        raise UnsupportedModelError(f"expected a diffusers pipeline or transformers, got {type(pipe).__name__}")
+    if not found:
+        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer to attach to")
+    return [getattr(model, "_orig_mod", model) for model in found]
+
+
+def _is_pipeline(pipe: Any) -> bool:
+    return hasattr(pipe, "components") and not isinstance(pipe, nn.Module)
+
+
+def _attachments(models: list[nn.Module]) -> list[Attachment]:
+    return [attachment for model in models if (attachment := getattr(model, "_falloff", None)) is not None]
+
+
+def _enabled(pipe: Any) -> list[Attachment]:
+    attachments = _attachments(_models(pipe))
+    if not attachments:
+        raise NotEnabledError(f"falloff is not enabled on this {type(pipe).__name__}; call falloff.enable first")
+    return attachments
+
+
+def _check_kernel(kernel: str) -> None:
+    known = [name for name, _, _ in kernels.available()]
+    if kernel not in ("auto", *known):
+        raise ValueError(f"unknown kernel {kernel!r}; choose auto or one of {', '.join(known)}")

@@ -1,0 +1,320 @@
+"""The seam with diffusers: how attention calls of a transformer reach a session, and how the model is left again.
+
+Each self-attention processor is marked with a backend key of our own, so that diffusers' dispatcher hands its
+calls to ``_route`` after the model's own projections, norms and rotary embedding. Nothing is patched or wrapped: the
+key is in no enum map, no forward is replaced, cross-attention and other models are not touched. Forward hooks of
+PyTorch tell the layer and the grid; a listener in diffusers' hook registry hears ``cache_context``.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import BaseState, HookFunctionReference, HookRegistry, ModelHook, StateManager
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from torch import Tensor, nn
+
+from falloff.hosts import Host, UnsupportedModelError, op
+from falloff.hosts.where import Watch
+from falloff.session import DenseBackend, Seat, Session
+
+NAME = "falloff"
+
+
+class DetachedError(RuntimeError):
+    """A later call of the user took layers away from falloff."""
+
+
+def _backend_key() -> Any:
+    """A member of the enum's type that is not in the enum: the dispatcher takes it, nobody else sees it."""
+    key = str.__new__(AttentionBackendName, NAME)
+    key._name_ = key._value_ = NAME
+    key.__deepcopy__ = lambda memo: key  # enums of Python 3.10 would look the copy up by value
+    return key
+
+
+KEY = _backend_key()
+_here = threading.local()
+"""The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's grid."""
+
+
+def _route(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any | None = None,
+) -> Tensor:
+    """Attention of a marked processor, [B, S, H, D]. A compiler traces this function, so it decides nothing."""
+    if dropout_p or is_causal or enable_gqa or _parallel_config is not None:
+        raise NotImplementedError(
+            "falloff serves plain self-attention: no dropout, causal mask, grouped queries or context parallelism"
+        )
+    return op.attend(query, key, value, _key_validity(attn_mask), _here.slot, _here.grid, scale)
+
+
+_AttentionBackendRegistry.register(KEY)(_route)
+
+
+def _key_validity(mask: Tensor | None) -> Tensor | None:
+    """Valid keys [B, S] from a mask over keys alone, bool [B, 1, 1, S]."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+        raise NotImplementedError(f"falloff takes masks bool [B, 1, 1, S] over keys, got {mask.dtype} {mask.shape}")
+    return mask[:, 0, 0]
+
+
+class Scene:
+    """What traced code knows of an attached model. ``grid`` int64 [3] is that of the last forward to start.
+
+    It stays after the forward, because gradient checkpointing runs layers again during the backward.
+    """
+
+    def __init__(self, host: Host, patch: tuple[int, int, int], root: Tensor, timing: bool) -> None:
+        self.host = host
+        self.patch = patch
+        self.root = root
+        self.timing = timing
+        self.grid = torch.zeros(3, dtype=torch.int64, device="cpu")
+
+
+class Listener(ModelHook):  # type: ignore[misc]
+    """Hears what the pipeline says through ``cache_context``, and that a pipeline call is over."""
+
+    _is_stateful = True
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.manager = StateManager(BaseState)
+        self.watch = watch
+
+    @property
+    def context(self) -> Any | None:
+        return self.manager._context
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.watch.end_run()
+        return module
+
+
+@dataclass(kw_only=True)
+class Mark:
+    """One marked layer, and what it was before."""
+
+    path: str
+    attn: Any
+    slot: op.Slot
+    processor: Any
+    before: Any
+    """The processor it had: the same one, or the one it shared with other layers."""
+    key: Any
+    had_key: bool
+    handles: list[Any]
+
+    @property
+    def holds(self) -> bool:
+        return self.attn.processor is self.processor and self.processor._attention_backend is KEY
+
+
+class Attachment:
+    """A session at work in one transformer. Kept by the transformer itself, as ``_falloff``."""
+
+    def __init__(self, session: Session, watch: Watch, host: Host, model: nn.Module, number: int) -> None:
+        self.session = session
+        self.watch = watch
+        self.model = model
+        self.number = number
+        self.marks: list[Mark] = []
+        self.handles: list[Any] = []
+        self.listener = Listener(watch)
+        self.scene = Scene(host, host.patch(model.config), op.register_root(self), session.timing)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copied model is attached like the first, to a session of its own."""
+        twin = Attachment.__new__(Attachment)
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        twin.scene.root = op.register_root(twin)
+        for mark in twin.marks:
+            mark.slot = op.Slot(twin.session, mark.slot.seat, mark.slot.dense)
+            mark.attn._falloff_slot = op.register_slot(mark.slot)
+        return twin
+
+    def arrive(self, timestep: Tensor) -> None:
+        """The model's forward starts."""
+        lost = [mark.path for mark in self.marks if not mark.holds]
+        if lost:
+            raise DetachedError(
+                f"{len(lost)} of {len(self.marks)} self-attention layers no longer run through falloff (first: "
+                f"{lost[0]}): set_attention_backend or set_attn_processor was called after enable. Call "
+                "falloff.enable(..., replace=True) to attach again, with the new backend for dense calls, or "
+                "falloff.disable(...)"
+            )
+        self.session.begin(self.watch.look(self.listener.context, timestep), timestep.device)
+
+    def depart(self) -> None:
+        """The model's forward is over."""
+        self.session.end()
+
+
+def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session, pipe: Any | None) -> None:
+    """Mark the self-attention of all models; of none when one of them cannot be marked."""
+    watch = Watch(pipe, hosts[0].branches if pipe is not None else ())
+    attachments = []
+    try:
+        for number, (model, host) in enumerate(zip(models, hosts, strict=True)):
+            attachments.append(Attachment(session, watch, host, model, number))
+            _attach(attachments[-1], host)
+    except BaseException:
+        for attachment in attachments:
+            detach(attachment)
+        raise
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """The attachment of a model, if it has one."""
+    return getattr(model, "_falloff", None)
+
+
+def detach(attachment: Attachment) -> None:
+    """Leave the model as it was. Layers that the user has changed since stay as the user wants them."""
+    model = attachment.model
+    for mark in attachment.marks:
+        _unmark(mark)
+    for handle in attachment.handles:
+        handle.remove()
+    _unlisten(model)
+    if attached(model) is attachment:
+        del model._falloff, model._falloff_scene
+
+
+def _attach(attachment: Attachment, host: Host) -> None:
+    model = attachment.model
+    paths = host.attention_paths(model)
+    users = Counter(id(module.processor) for module in model.modules() if hasattr(module, "processor"))
+    model._falloff, model._falloff_scene = attachment, attachment.scene  # type: ignore[assignment]
+    for layer, path in enumerate(paths):
+        attn = model.get_submodule(path)
+        _check_processor(path, attn.processor)
+        seat = Seat(model=attachment.number, layer=layer, layers=len(paths), text_side=host.text_side)
+        attachment.marks.append(_mark(path, attn, seat, attachment, shared=users[id(attn.processor)] > 1))
+    attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
+    attachment.handles.append(model.register_forward_hook(_root_ends))
+    _listen(model, attachment.listener)
+
+
+def _check_processor(path: str, processor: Any) -> None:
+    if not hasattr(processor, "_attention_backend"):
+        raise UnsupportedModelError(
+            f"{path} has the processor {type(processor).__name__}, which does not go through diffusers' attention "
+            "dispatcher; falloff.enable needs the model's own processors"
+        )
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise UnsupportedModelError(f"{path} runs context parallel, which falloff does not serve yet")
+
+
+def _mark(path: str, attn: Any, seat: Seat, attachment: Attachment, *, shared: bool) -> Mark:
+    before = attn.processor
+    slot = op.Slot(attachment.session, seat, _dense_backend(before._attention_backend))
+    had_key = "_attention_backend" in vars(before)
+    processor = copy.copy(before) if shared else before  # the mark must not reach layers that share the processor
+    key = before._attention_backend
+    attn._falloff_slot, attn._falloff_scene = op.register_slot(slot), attachment.scene
+    if shared:
+        attn.set_processor(processor)
+    processor._attention_backend = KEY
+    handles = [
+        attn.register_forward_pre_hook(_layer_starts),
+        attn.register_forward_hook(_layer_ends, always_call=True),
+    ]
+    return Mark(
+        path=path, attn=attn, slot=slot, processor=processor, before=before, key=key, had_key=had_key, handles=handles
+    )
+
+
+def _unmark(mark: Mark) -> None:
+    if mark.holds:
+        if mark.had_key:
+            mark.processor._attention_backend = mark.key
+        else:
+            del mark.processor._attention_backend
+        if mark.before is not mark.processor:
+            mark.attn.set_processor(mark.before)
+    for handle in mark.handles:
+        handle.remove()
+    del mark.attn._falloff_slot, mark.attn._falloff_scene
+
+
+def _dense_backend(key: Any | None) -> DenseBackend:
+    """The backend that a processor named, or the global one of the moment when it named none."""
+
+    def name() -> str:
+        chosen = key if key is not None else _AttentionBackendRegistry.get_active_backend()[0]
+        return str(AttentionBackendName(chosen).value)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float | None) -> Tensor:
+        mask = key_valid[:, None, None] if key_valid is not None else None
+        out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=key)
+        return out
+
+    return DenseBackend(name=name, run=run)
+
+
+def _listen(model: nn.Module, listener: Listener) -> None:
+    """Join the hook registry as its first hook, without a forward of our own.
+
+    ``register_hook`` would replace the model's forward by a closure that a deep copy of the model shares with the
+    original. The first place is the one that no other hook's removal refers to.
+    """
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.hooks[NAME] = listener
+    registry._hook_order.insert(0, NAME)
+    registry._fn_refs.insert(0, HookFunctionReference())
+
+
+def _unlisten(model: nn.Module) -> None:
+    registry = getattr(model, "_diffusers_hook", None)
+    if registry is None or NAME not in registry.hooks:
+        return
+    place = registry._hook_order.index(NAME)
+    del registry.hooks[NAME], registry._hook_order[place], registry._fn_refs[place]
+
+
+def _root_starts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    scene: Scene = model._falloff_scene
+    frames, height, width = scene.host.latent.read(args, kwargs).shape[-3:]
+    pf, ph, pw = scene.patch
+    scene.grid = torch.tensor([frames // pf, height // ph, width // pw], device="cpu")
+    timestep = op.arrive(scene.host.timestep.read(args, kwargs), scene.root)
+    return scene.host.timestep.replace(args, kwargs, timestep)
+
+
+def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> Any:
+    scene: Scene = model._falloff_scene
+    if not scene.timing:
+        return output
+    if isinstance(output, tuple):
+        return (op.depart(output[0], scene.root), *output[1:])
+    output.sample = op.depart(output.sample, scene.root)
+    return output
+
+
+def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
+    _here.slot = attn._falloff_slot
+    _here.grid = attn._falloff_scene.grid
+
+
+def _layer_ends(attn: Any, args: tuple[Any, ...], output: Any) -> None:
+    _here.slot = None

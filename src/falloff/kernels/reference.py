@@ -1,0 +1,31 @@
+"""The specification every other kernel must agree with: softmax under the plan's expanded mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from falloff.plan import Plan
+
+
+def attention(
+    plan: Plan, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, key_valid_BN: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the plan's pairs: out [B, H, Nq, D] in q's dtype, LSE [B, H, Nq] in float32 (float64 for float64).
+
+    ``out_i = sum_j P_ij v_j`` with ``P_ij = exp(s_ij - lse_i)``, ``s = scale q k^T`` and
+    ``lse_i = log(sum_j exp(s_ij))``, j over the keys that i keeps; 0 and -inf where there are none. Memory grows
+    with Nq * Nkv: for tests and small sequences.
+    """
+    exact = torch.promote_types(q_BHND.dtype, torch.float32)
+    q, k, v = (x.to(exact) for x in (q_BHND, k_BHND, v_BHND))
+    kept = plan.mask()
+    if key_valid_BN is not None:
+        valid = key_valid_BN[:, None, :, None]
+        kept = kept & key_valid_BN[:, None, None, :]
+        k, v = k.masked_fill(~valid, 0), v.masked_fill(~valid, 0)  # 0 * NaN would leak otherwise
+    empty = ~kept.any(-1, keepdim=True)
+    scores = (scale * (q @ k.mT)).masked_fill(~kept, -torch.inf).masked_fill(empty, 0)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp().masked_fill(empty, 0) @ v
+    return out.to(q_BHND.dtype), lse.masked_fill(empty.squeeze(-1), -torch.inf)
