@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from falloff.kernels import reference
+from falloff.kernels import cpu, reference
 from falloff.kernels.errors import UnsupportedError
 from falloff.plan import Plan
 
@@ -33,6 +33,7 @@ class Kernel(NamedTuple):
 
 
 KERNELS = (
+    Kernel("cpu", "CPUs, forward and backward", cpu.attention, cpu.absent, lambda plan, q, need: cpu.refuse(q)),
     Kernel(
         "reference",
         "any device and dtype; memory grows with the square of the tokens",
