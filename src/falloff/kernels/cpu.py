@@ -5,7 +5,8 @@ No masks and no padding inside a call (see launch.py); the gather costs a few pe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from torch.autograd.function import once_differentiable
 from falloff.kernels.launch import Chunk, Launch, launch
 from falloff.kernels.units import from_units, to_units
 from falloff.plan import Plan
+
+Core = Callable[[Launch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Units of q, k, v [units, unit, D] to units of out and of the LSE [units, unit]."""
+Inner = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""Attention over rows: q [rows, n, D], k and v [rows, m, D], scale -> out [rows, n, D], LSE [rows, n]."""
+Fit = Callable[[Chunk], int]
+"""How many of a chunk's rows one call takes."""
 
 GATHERED_BYTES = 4 << 20
 """Keys gathered for one call: larger ones leave the cache, smaller ones pay more for starting threads."""
@@ -33,20 +41,20 @@ def attention(
     if plan.density == 1 and key_valid_BN is None and not differentiable:
         out, lse = _flash(q_BHND, k_BHND, v_BHND, scale=scale)
         return out, lse
-    batch, heads, _, _ = q_BHND.shape
-    lists = launch(plan, batch, heads, key_valid_BN)
+    return in_units(plan, q_BHND, k_BHND, v_BHND, key_valid_BN, partial(_Attention.apply, scale))
+
+
+def in_units(
+    plan: Plan, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, key_valid_BN: Tensor | None, core: Core
+) -> tuple[Tensor, Tensor]:
+    """Run ``core`` on units of tokens in the plan's order, and bring its results back to the caller's."""
+    lists = launch(plan, q_BHND.shape[0], q_BHND.shape[1], key_valid_BN)
     q = to_units(q_BHND, lists.q_order, lists.q_unit)
     k = to_units(k_BHND, lists.kv_order, lists.k_unit)
     v = to_units(v_BHND, lists.kv_order, lists.k_unit)
-    out, lse = _Attention.apply(q, k, v, lists, scale)  # type: ignore[no-untyped-call]
-    return (
-        from_units(out, lists.q_order, q_BHND.shape),
-        from_units(lse[..., None], lists.q_order, (*q_BHND.shape[:3], 1)).squeeze(-1),
-    )
-
-
-def absent() -> str | None:
-    return None
+    out, lse = core(lists, q, k, v)
+    lse = from_units(lse[..., None], lists.q_order, (*q_BHND.shape[:3], 1))
+    return from_units(out, lists.q_order, q_BHND.shape), lse.squeeze(-1)
 
 
 def refuse(q_BHND: Tensor) -> str | None:
@@ -58,27 +66,34 @@ def gather(x_UTD: Tensor, units_RM: Tensor) -> Tensor:
     return x_UTD.index_select(0, units_RM.flatten()).view(len(units_RM), -1, x_UTD.shape[2])
 
 
-def split(chunks: list[Chunk], rows: Any) -> Iterator[Chunk]:
-    """Cut chunks into calls of about equal size, of at most ``rows(chunk)`` rows each."""
+def split(chunks: list[Chunk], fit: Fit) -> Iterator[Chunk]:
+    """Cut chunks into calls of about equal size, of at most ``fit(chunk)`` rows each."""
     for chunk in chunks:
-        calls = -(-len(chunk.q_units) // max(1, rows(chunk)))
+        calls = -(-len(chunk.q_units) // max(1, fit(chunk)))
         for q_units, k_units in zip(chunk.q_units.chunk(calls), chunk.k_units.chunk(calls), strict=True):
             yield Chunk(q_units, k_units, chunk.keys)
+
+
+def over_chunks(
+    inner: Inner, fit: Fit, scale: float, lists: Launch, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Units of out and LSE from units of q, k, v, by an inner attention over gathered rows."""
+    out = torch.zeros_like(q)
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for q_units, k_units, keys in split(lists.chunks, fit):
+        k_rows, v_rows = (gather(x, k_units)[:, :keys] for x in (k, v))
+        out_rows, lse_rows = inner(gather(q, q_units), k_rows, v_rows, scale)
+        out.index_copy_(0, q_units.flatten(), out_rows.reshape(-1, *q.shape[1:]))
+        lse.index_copy_(0, q_units.flatten(), lse_rows.reshape(-1, q.shape[1]))
+    return out, lse
 
 
 class _Attention(torch.autograd.Function):
     """Units of q, k, v [units, unit, D] to units of out and LSE [units, unit]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: Launch, scale: float) -> tuple[Tensor, Tensor]:
-        out = torch.zeros_like(q)
-        lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-        for q_units, k_units, keys in split(lists.chunks, _fit_gathered(k)):
-            q_rows, k_rows, v_rows = gather(q, q_units), gather(k, k_units)[:, :keys], gather(v, k_units)[:, :keys]
-            out_rows, lse_rows = _flash(q_rows[:, None], k_rows[:, None], v_rows[:, None], scale=scale)
-            index = q_units.flatten()
-            out.index_copy_(0, index, out_rows.reshape(-1, *q.shape[1:]))
-            lse.index_copy_(0, index, lse_rows.reshape(-1, q.shape[1]))
+    def forward(ctx: Any, scale: float, lists: Launch, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = over_chunks(_flash_rows, _fit_gathered(k), scale, lists, q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.lists, ctx.scale = lists, scale
         ctx.set_materialize_grads(False)
@@ -89,22 +104,28 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         if d_out is None and d_lse is None:
-            return None, None, None, None, None
+            return (None,) * 5
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
         if d_lse is None:
             grads = _backward(q, k, v, out, lse, d_out, ctx.lists, ctx.scale)
         else:
             grads = _backward_with_lse(q, k, v, out, lse, d_out, d_lse, ctx.lists, ctx.scale)
-        return *(grad.to(q.dtype) for grad in grads), None, None
+        return None, None, *(grad.to(q.dtype) for grad in grads)
 
 
-def _fit_gathered(k: Tensor) -> Any:
+def _flash_rows(q_RND: Tensor, k_RMD: Tensor, v_RMD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _flash(q_RND[:, None], k_RMD[:, None], v_RMD[:, None], scale=scale)
+    return out, lse
+
+
+def _fit_gathered(k: Tensor) -> Fit:
     key_bytes = k.shape[2] * k.element_size()
     return lambda chunk: GATHERED_BYTES // (chunk.keys * key_bytes)
 
 
-def _fit_scores(q: Tensor) -> Any:
-    return lambda chunk: SCORES // (chunk.q_units.shape[1] * q.shape[1] * chunk.keys)
+def fit_scores(q_unit: int) -> Fit:
+    """As many rows a call as keep its scores in cache."""
+    return lambda chunk: SCORES // (chunk.q_units.shape[1] * q_unit * chunk.keys)
 
 
 def _backward(
@@ -140,7 +161,7 @@ def _backward_with_lse(
     """
     d_q, d_k, d_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
     shift = (d_out.to(lse.dtype) * out).sum(-1) - d_lse
-    for q_units, k_units, keys in split(lists.chunks, _fit_scores(q)):
+    for q_units, k_units, keys in split(lists.chunks, fit_scores(lists.q_unit)):
         k_rows, v_rows = (gather(x, k_units)[:, :keys].to(lse.dtype) for x in (k, v))
         q_rows, d_out_rows = (gather(x, q_units).to(lse.dtype) for x in (q, d_out))
         lse_rows, shift_rows = (x[q_units].flatten(1)[..., None] for x in (lse, shift))
