@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from rich.progress import Progress
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from falloff.miniature import digits
 from falloff.miniature.muon import optimizers, set_rate
@@ -52,20 +51,18 @@ def build() -> AutoencoderKLWan:
 
 
 def train(folder: Path, seconds: float) -> AutoencoderKLWan:
-    """Train for `seconds` in all, resuming from `folder`/autoencoder.pt; returns the averaged weights."""
+    """Train for `seconds` in all, resuming from `folder`/autoencoder.pt."""
     vae = build()
-    averaged = AveragedModel(vae, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     both = optimizers((p for p in vae.parameters() if p.ndim >= 4 and len(p) > 3), vae, rates=(0.05, 2e-3))
-    parts = {"model": vae, "averaged": averaged, **both}
+    parts = {"model": vae, **both}
     spent, step = load_state(folder / "autoencoder.pt", parts)
     began, saved = time.monotonic() - spent, time.monotonic()
     with Progress() as progress:
-        bar = progress.add_task("autoencoder", total=seconds, completed=spent)
+        bar = progress.add_task("autoencoder", total=seconds, completed=int(spent))
         while (spent := time.monotonic() - began) < seconds:
             set_rate(both.values(), min(1.0, (step + 1) / 30) * (0.01 + 0.99 * _cosine(spent / seconds)))
             frames = (1, 1, 5) if spent < seconds / 5 else (5, 9, 13)
             loss = _step(vae, both.values(), np.random.default_rng([1, step]), frames)
-            averaged.update_parameters(vae)
             step += 1
             if step % 50 == 0:
                 progress.console.print(f"step {step} {spent:.0f} s loss {loss:.4f}", highlight=False)
@@ -74,8 +71,7 @@ def train(folder: Path, seconds: float) -> AutoencoderKLWan:
                 saved = time.monotonic()
             progress.update(bar, completed=spent)
     save_state(folder / "autoencoder.pt", parts, seconds, step)
-    trained: AutoencoderKLWan = averaged.module
-    return trained.eval()
+    return vae.eval()
 
 
 def _cosine(done: float) -> float:
@@ -99,7 +95,7 @@ def _step(
     weight = 1 + 3 * (video.amax(dim=1, keepdim=True) > 2 * digits.BACKGROUND * 2 - 1)
     fit = (weight * (error.square() + 0.05 * error.abs())).mean()
     loss = fit + 2e-3 * mean.square().mean()
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 from falloff.miniature import text
+from falloff.miniature.transformer import Model
 
 GENERATION: dict[str, Any] = {
     "height": 128,
@@ -24,16 +24,16 @@ GENERATION: dict[str, Any] = {
 }
 
 
-def save(vae: AutoencoderKLWan, model: torch.nn.ModuleDict, folder: Path) -> None:
+def save(vae: AutoencoderKLWan, model: Model, folder: Path) -> None:
     """Write the pipeline and its default call arguments to `folder`; beside first, then renamed."""
     pipe = WanPipeline(
         tokenizer=text.tokenizer(),
-        text_encoder=model["text_encoder"].eval(),
+        text_encoder=model.text_encoder.eval(),
         vae=vae.eval().half(),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
-        transformer=model["transformer"].eval().half(),
+        transformer=model.transformer.eval().half(),
     )
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)

@@ -70,7 +70,7 @@ def train_classifier(file: Path, steps: int = 1500) -> torch.nn.Module:
         patches = torch.from_numpy(np.stack([_augmented(rng, int(i)) for i in chosen]))[:, None]
         loss = torch.nn.functional.cross_entropy(model(patches), torch.from_numpy(digits.scans()[1][chosen]))
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     torch.save(model.state_dict(), file)

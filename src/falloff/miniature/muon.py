@@ -39,7 +39,8 @@ class Muon(torch.optim.Optimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+        buffer: torch.Tensor = state["momentum"]
+        return gradient.lerp(buffer, momentum)
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

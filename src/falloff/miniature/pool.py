@@ -38,8 +38,8 @@ class Recipe:
 class Pool:
     """Normalised latents [clips, channels, frames, height, width] in half precision, and their captions.
 
-    `empty`, [channels, frames, height, width], is the clip without a digit. Captions of one digit may be held out:
-    they serve as a half of a composed clip only.
+    `empty`, [channels, frames, height, width], is the clip without a digit. Clips with a held-out caption
+    serve as a half of a composed clip only.
     """
 
     latents: torch.Tensor

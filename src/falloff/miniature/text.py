@@ -56,4 +56,5 @@ def embed(encoder: UMT5EncoderModel, texts: list[str]) -> torch.Tensor:
     """[batch, LENGTH, WIDTH], zero past each text's end: what `WanPipeline` feeds its transformer."""
     inputs = tokenizer()(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
     states: torch.Tensor = encoder(inputs.input_ids, inputs.attention_mask).last_hidden_state
-    return states * inputs.attention_mask[..., None]
+    mask: torch.Tensor = inputs.attention_mask
+    return states * mask[..., None]

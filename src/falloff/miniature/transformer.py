@@ -75,16 +75,20 @@ def build_transformer() -> WanTransformer3DModel:
     )
 
 
-def build() -> torch.nn.ModuleDict:
-    """`transformer` and `text_encoder` as one module, since they train as one."""
-    return torch.nn.ModuleDict({"transformer": build_transformer(), "text_encoder": text.build_encoder()})
+class Model(torch.nn.Module):
+    """Transformer and text encoder as one module, since they train as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = build_transformer()
+        self.text_encoder = text.build_encoder()
 
 
-def train(vae: AutoencoderKLWan, folder: Path, seconds: float) -> torch.nn.ModuleDict:
+def train(vae: AutoencoderKLWan, folder: Path, seconds: float) -> Model:
     """Train for `seconds` in all, resuming from `folder`/transformer.pt; returns the averaged weights."""
-    model = build()
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    matrices = (p for p in model["transformer"].blocks.parameters() if p.ndim == 2)
+    model = Model()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # type: ignore[no-untyped-call]
+    matrices = (p for p in model.transformer.blocks.parameters() if p.ndim == 2)
     both = optimizers(matrices, model, rates=(0.02, 2e-3))
     parts = {"model": model, "averaged": averaged, **both}
     spent, step = load_state(folder / "transformer.pt", parts)
@@ -92,7 +96,7 @@ def train(vae: AutoencoderKLWan, folder: Path, seconds: float) -> torch.nn.Modul
     losses: dict[Meal, list[float]] = defaultdict(list)
     began, saved = time.monotonic() - spent, time.monotonic()
     with Progress() as progress:
-        bar = progress.add_task("transformer", total=seconds, completed=spent)
+        bar = progress.add_task("transformer", total=seconds, completed=int(spent))
         while (spent := time.monotonic() - began) < seconds:
             meal = meal_at(spent / seconds, step)
             if meal.recipe.name not in pools:
@@ -109,8 +113,8 @@ def train(vae: AutoencoderKLWan, folder: Path, seconds: float) -> torch.nn.Modul
                 saved = time.monotonic()
             progress.update(bar, completed=spent)
     save_state(folder / "transformer.pt", parts, seconds, step)
-    trained: torch.nn.ModuleDict = averaged.module
-    return trained.eval()
+    model.load_state_dict(averaged.module.state_dict())
+    return model.eval()
 
 
 def meal_at(done: float, step: int) -> Meal:
@@ -125,14 +129,14 @@ def _rate(step: int, done: float) -> float:
 
 
 def _step(
-    model: torch.nn.ModuleDict, optimizers: Iterable[torch.optim.Optimizer], pool: Pool, meal: Meal, step: int
+    model: Model, optimizers: Iterable[torch.optim.Optimizer], pool: Pool, meal: Meal, step: int
 ) -> float:
     rng = np.random.default_rng([6, step])
     clean, captions = pool.draw(rng, meal.batch, meal.frames)
     captions = ["" if rng.random() < NO_CAPTION else c for c in captions]
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     loss = flow_loss(model, clean, captions, generator)
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -141,15 +145,15 @@ def _step(
 
 
 def flow_loss(
-    model: torch.nn.ModuleDict, clean: torch.Tensor, captions: list[str], generator: torch.Generator
+    model: Model, clean: torch.Tensor, captions: list[str], generator: torch.Generator
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity for `clean`, [batch, channels, frames, height, width]."""
     noise = torch.randn(clean.shape, generator=generator)
     s = draw_times(len(captions), generator)
     weight = s.view(-1, 1, 1, 1, 1)
-    states = text.embed(model["text_encoder"], captions)
+    states = text.embed(model.text_encoder, captions)
     noisy = (1 - weight) * clean + weight * noise
-    predicted = model["transformer"](noisy, 1000 * s, states, return_dict=False)[0]
+    predicted = model.transformer(noisy, 1000 * s, states, return_dict=False)[0]
     return torch.nn.functional.mse_loss(predicted, noise - clean)
 
 
