@@ -117,7 +117,9 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
 
 
-def percent(share: float) -> str:
+def percent(share: float | None) -> str:
+    if share is None:
+        return NONE
     return f"{100 * share:.1f}%" if 0 < share < 0.995 else f"{100 * share:.0f}%"
 
 
