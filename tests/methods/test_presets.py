@@ -29,7 +29,7 @@ def test_every_preset_has_evidence_and_round_trips() -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown preset 'wan9'; choose one of radial/wan2.1-14b"):
+    with pytest.raises(ValueError, match=r"unknown preset 'wan9'; choose one of radial/wan2\.1-14b"):
         preset("wan9")
     with pytest.raises(ValueError, match="unknown method 'radail'; choose one of dense, radial"):
         get("radail")

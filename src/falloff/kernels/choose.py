@@ -8,37 +8,44 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from falloff.kernels import reference
+from falloff.kernels import cpu, cpu_tile, reference
 from falloff.kernels.errors import UnsupportedError
 from falloff.plan import Plan
 
 Attention = Callable[[Plan, Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
 
 
-class Need(NamedTuple):
-    """What the caller wants besides the output."""
-
-    grad: bool
-    lse: bool
-
-
 class Kernel(NamedTuple):
-    """One way to run a plan. ``absent`` says why it cannot run on this machine, ``refuse`` why not this call."""
+    """One way to run a plan. ``absent`` says why it cannot run on this machine, ``refuse(q, needs_grad)``
+    why not this call.
+
+    ``rough_lse``: its LSE is no more exact than bfloat16 scores allow; ``auto`` then leaves it to calls without one.
+    """
 
     name: str
     good_for: str
     attention: Attention
     absent: Callable[[], str | None]
-    refuse: Callable[[Plan, Tensor, Need], str | None]
+    refuse: Callable[[Tensor, bool], str | None]
+    rough_lse: bool = False
 
 
 KERNELS = (
     Kernel(
+        "cpu-tile",
+        "bfloat16 inference on CPUs that multiply bfloat16",
+        cpu_tile.attention,
+        cpu_tile.absent,
+        cpu_tile.refuse,
+        rough_lse=True,
+    ),
+    Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, lambda q, grad: cpu.refuse(q)),
+    Kernel(
         "reference",
-        "any device and dtype; memory grows with the square of the tokens",
+        "any device; memory grows with the square of the tokens",
         reference.attention,
         lambda: None,
-        lambda plan, q, need: None,
+        lambda q, grad: None,
     ),
 )
 """In the order of preference of ``auto``."""
@@ -63,17 +70,17 @@ def choose(
 
     Raises ``UnsupportedError`` when ``impl`` names a kernel that is unknown or cannot run this call.
     """
-    need = Need(needs_grad, needs_lse)
-    refusals = {kernel.name: kernel.absent() or kernel.refuse(plan, q_BHND, need) for kernel in KERNELS}
+    refusals = {kernel.name: kernel.absent() or kernel.refuse(q_BHND, needs_grad) for kernel in KERNELS}
     if impl == "auto":
+        rough = {kernel.name: "its LSE is rough, and the call needs one" for kernel in KERNELS if kernel.rough_lse}
+        refusals = {name: why or (rough.get(name) if needs_lse else None) for name, why in refusals.items()}
         name = next(name for name, why in refusals.items() if why is None)
-        reason = f"first that can run this call ({kernel_named(name).good_for})"
+        reason = f"the first that can run this call ({kernel_named(name).good_for})"
     else:
-        why = kernel_named(impl).name and refusals[impl]
-        if why is not None:
-            raise UnsupportedError(f"kernel {impl!r} cannot run this call: {why}")
-        name, reason = impl, "asked for by name"
-    skipped = tuple((other, why or f"{name} comes first") for other, why in refusals.items() if other != name)
+        name, reason = kernel_named(impl).name, "asked for by name"
+        if refusals[name] is not None:
+            raise UnsupportedError(f"kernel {name!r} cannot run this call: {refusals[name]}")
+    skipped = tuple((other, why or f"{name} was preferred") for other, why in refusals.items() if other != name)
     return Choice(name, reason, skipped)
 
 

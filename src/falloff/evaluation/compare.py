@@ -1,0 +1,265 @@
+"""Dense against methods, on the same prompts and seeds: what was gained, and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falloff import api
+from falloff.evaluation import machine
+from falloff.evaluation.comparison import Arm, Comparison, MethodArm, Pair
+from falloff.evaluation.decay import DecayProbe
+from falloff.evaluation.generate import Generation, check_arguments, generate, steps
+from falloff.evaluation.metrics import psnr, ssim
+from falloff.evaluation.video import encode
+from falloff.methods import get
+from falloff.methods.base import Method
+from falloff.schedule import Schedule
+
+WARM_UP_STEPS = 2
+NO_DENSE = Schedule(dense_first=0, dense_last=0, dense_layers=())
+MAP_PIXELS = 256
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Denoising steps done of all that a comparison makes, and what it is at."""
+
+    done: int
+    total: int
+    doing: str
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to run: plain dense (no method), a method, or the probe, which is dense too."""
+
+    label: str
+    method: Method | None
+    schedule: Schedule | None = None
+    kernel: str = "auto"
+
+    def attached(self, pipe: Any, schedule: Schedule | None = None) -> AbstractContextManager[Any]:
+        if self.method is None:
+            return nullcontext()
+        schedule = schedule or self.schedule
+        return api.using(pipe, self.method, schedule=schedule, kernel=self.kernel, timing=True)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What is kept of one generation, and the session's report of it (none for plain dense)."""
+
+    seconds: float
+    peak_bytes: int | None
+    psnr: float
+    ssim: float
+    video: bytes
+    report: Any
+
+
+def compare(
+    pipe: Any,
+    prompts: str | Iterable[str],
+    methods: str | Method | Iterable[str | Method],
+    *,
+    seeds: Iterable[int] = (0,),
+    schedule: Schedule | None = None,
+    kernel: str = "auto",
+    progress: Callable[[Progress], None] | None = None,
+    fps: float = 16,
+    **call_arguments: Any,
+) -> Comparison:
+    """Run dense and each method for every prompt and seed, and tell time, density and fidelity.
+
+    Each pair of prompt and seed is run plainly dense (the time of reference), by each method, and dense once more
+    with a probe on its attention: the two dense videos give the noise floor, the probe attention's share of the
+    time and its decay with distance. The order rotates from pair to pair, so that a machine that warms up or slows
+    down favours none; short runs of each come first and are not counted. ``schedule`` stands in for each method's
+    own. ``call_arguments`` go to the pipeline as they are.
+
+    The pipeline is left as it was, also on an error or an interrupt. Raises ``ValueError`` for no prompts, methods
+    or seeds and for unknown methods, ``TypeError`` for arguments that the pipeline does not take.
+    """
+    pairs = [Pair(prompt, seed) for prompt, seed in product(_several(prompts), seeds)]
+    chosen = [get(method) if isinstance(method, str) else method for method in _several(methods)]
+    if not pairs or not chosen or not all(pair.prompt.strip() for pair in pairs):
+        raise ValueError("a comparison needs at least one prompt that is not empty, one method and one seed")
+    check_arguments(pipe, call_arguments)
+    probe = DecayProbe()
+    sparse = [_Way(label, method, schedule, kernel) for label, method in zip(_labels(chosen), chosen, strict=True)]
+    ways = [_Way("dense", None), *sparse, _Way("dense again", probe)]
+
+    told = _Told(
+        progress, total=(len(ways) * len(pairs) * steps(pipe, call_arguments)) + len(ways[:-1]) * WARM_UP_STEPS
+    )
+    for way in ways[:-1]:
+        told.doing = f"warming up {way.label}"
+        short = {**call_arguments, "num_inference_steps": WARM_UP_STEPS}
+        with way.attached(pipe, NO_DENSE):
+            generate(pipe, pairs[0].prompt, seed=pairs[0].seed, call_arguments=short, on_step=told.step)
+    outcomes = [_run_pair(pipe, ways, pairs, n, fps, call_arguments, told) for n in range(len(pairs))]
+    dense, *others = [list(column) for column in zip(*outcomes, strict=True)]
+    return Comparison(
+        model=str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__),
+        command=_command(pairs, chosen, schedule, kernel, fps, call_arguments),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        pairs=pairs,
+        call_arguments=dict(call_arguments),
+        fps=fps,
+        dense=_dense_arm(dense, others[-1]),
+        methods=[_method_arm(way, column) for way, column in zip(sparse, others[:-1], strict=True)],
+        decay=probe.profile.curves(),
+        machine=machine.describe(torch.device(pipe._execution_device)),
+        versions=machine.versions(),
+    )
+
+
+class _Told:
+    """Counts steps for a listener."""
+
+    def __init__(self, progress: Callable[[Progress], None] | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        self.doing = ""
+
+    def step(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(Progress(self._done, self._total, self.doing))
+
+
+def _run_pair(
+    pipe: Any,
+    ways: Sequence[_Way],
+    pairs: Sequence[Pair],
+    number: int,
+    fps: float,
+    call_arguments: dict[str, Any],
+    told: _Told,
+) -> list[_Outcome]:
+    """Every way once, starting with another one for every pair; outcomes in the order of ``ways``."""
+    pair = pairs[number]
+    done: dict[int, tuple[Generation, Any]] = {}
+    for place in range(len(ways)):
+        index = (number + place) % len(ways)
+        way = ways[index]
+        told.doing = f"{way.label}, pair {number + 1} of {len(pairs)}"
+        with way.attached(pipe):
+            generation = generate(pipe, pair.prompt, seed=pair.seed, call_arguments=call_arguments, on_step=told.step)
+            done[index] = generation, None if way.method is None else api.report(pipe)
+    dense, again = _as_float(done[0][0]), _as_float(done[len(ways) - 1][0])
+    outcomes = []
+    for index in range(len(ways)):
+        generation, report = done[index]
+        # plain dense has nothing to be close to but the second dense run, which is the noise floor
+        reference = dense if index else again
+        outcomes.append(
+            _Outcome(
+                seconds=generation.seconds,
+                peak_bytes=generation.peak_bytes,
+                psnr=psnr(_as_float(generation), reference),
+                ssim=ssim(_as_float(generation), reference),
+                video=encode(generation.frames_FHWC, fps),
+                report=report,
+            )
+        )
+    return outcomes
+
+
+def _as_float(generation: Generation) -> Tensor:
+    return torch.from_numpy(generation.frames_FHWC).float() / 255
+
+
+def _dense_arm(outcomes: list[_Outcome], probed: list[_Outcome]) -> Arm:
+    return Arm(**_shared("dense", outcomes), **_times([outcome.report for outcome in probed]))
+
+
+def _method_arm(way: _Way, outcomes: list[_Outcome]) -> MethodArm:
+    assert way.method is not None
+    reports = [outcome.report for outcome in outcomes]
+    plan = reports[-1].plan
+    return MethodArm(
+        **_shared(way.label, outcomes),
+        **_times(reports),
+        method=way.method.name,
+        settings=way.method.settings(),
+        schedule=dataclasses.asdict(reports[-1].schedule),
+        density=fmean(report.density for report in reports),
+        effective_density=fmean(report.effective_density for report in reports),
+        plan_seconds=fmean(report.plan_seconds for report in reports),
+        kernel=reports[-1].choice,
+        kernels=_summed(report.kernels for report in reports),
+        reasons=_summed(report.reasons for report in reports),
+        block_map=None if plan is None else plan.blocks.picture(MAP_PIXELS),
+    )
+
+
+def _shared(label: str, outcomes: list[_Outcome]) -> dict[str, Any]:
+    return {
+        "label": label,
+        "seconds": [outcome.seconds for outcome in outcomes],
+        "peak_bytes": [outcome.peak_bytes for outcome in outcomes],
+        "psnr": [outcome.psnr for outcome in outcomes],
+        "ssim": [outcome.ssim for outcome in outcomes],
+        "videos": [outcome.video for outcome in outcomes],
+    }
+
+
+def _times(reports: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "attention_seconds": fmean(report.attention_seconds for report in reports),
+        "forward_seconds": fmean(report.forward_seconds - report.plan_seconds for report in reports),
+    }
+
+
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total.most_common())
+
+
+def _labels(methods: Sequence[Method]) -> list[str]:
+    """A method's name, with the settings that tell it apart where several share a name.
+
+    Raises ``ValueError`` for a method given twice.
+    """
+    if any(method in methods[:place] for place, method in enumerate(methods)):
+        raise ValueError(f"a method is given twice; compare different ones: {', '.join(map(repr, methods))}")
+    labels = []
+    for method in methods:
+        rivals = [other.settings() for other in methods if other.name == method.name]
+        differing = [key for key in rivals[0] if len({str(settings[key]) for settings in rivals}) > 1]
+        labels.append(" ".join([method.name, *(f"{key}={method.settings()[key]}" for key in differing)]))
+    return labels
+
+
+def _command(
+    pairs: Sequence[Pair],
+    methods: Sequence[Method],
+    schedule: Schedule | None,
+    kernel: str,
+    fps: float,
+    call_arguments: dict[str, Any],
+) -> str:
+    prompts, seeds = (
+        list(dict.fromkeys(pair.prompt for pair in pairs)),
+        list(dict.fromkeys(pair.seed for pair in pairs)),
+    )
+    named = {"seeds": seeds, "schedule": schedule, "kernel": kernel, "fps": fps, **call_arguments}
+    arguments = "".join(f", {name}={value!r}" for name, value in named.items() if value is not None)
+    return f"falloff.compare(pipe, {prompts!r}, {list(methods)!r}{arguments})"
+
+
+def _several(one_or_more: Any) -> list[Any]:
+    return [one_or_more] if isinstance(one_or_more, str | Method) else list(one_or_more)

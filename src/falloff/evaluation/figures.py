@@ -1,0 +1,170 @@
+"""A comparison's figures in words: the rows of its table, for the terminal and the page."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, median, stdev
+from typing import TYPE_CHECKING, NamedTuple
+
+from falloff.evaluation.comparison import Arm, Comparison, MethodArm
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NONE = "-"
+
+
+class Row(NamedTuple):
+    """One figure: its name, its value for dense and for every method, and what it means."""
+
+    name: str
+    cells: list[str]
+    meaning: str
+
+
+def columns(comparison: Comparison) -> list[str]:
+    """Heads of the table's columns of figures."""
+    return ["dense", *(_column(arm) for arm in comparison.methods)]
+
+
+def rows(comparison: Comparison) -> list[Row]:
+    """The table of figures, most wanted first."""
+    dense, methods = comparison.dense, comparison.methods
+    arms: list[Arm] = [dense, *methods]
+    return [
+        Row(
+            "time",
+            [seconds(median(arm.seconds)) for arm in arms],
+            "The whole call, text encoder and autoencoder included; median over pairs of prompt and seed.",
+        ),
+        Row(
+            "speed-up",
+            ["1x", *(_speedup(comparison, arm) for arm in methods)],
+            "Dense time / the method's, pair by pair; median, and range over pairs.",
+        ),
+        Row(
+            "predicted speed-up",
+            [NONE, *(times(comparison.ceiling(arm.effective_density)) for arm in methods)],
+            "By Amdahl's law from attention's share of the dense time, if attention's time followed its density.",
+        ),
+        Row(
+            "attention's share",
+            [percent(arm.attention_share) for arm in arms],
+            "Self-attention's part of the transformer's time.",
+        ),
+        Row(
+            "density",
+            ["100%", *(percent(arm.density) for arm in methods)],
+            "Computed / all token pairs, in the sparse calls.",
+        ),
+        Row(
+            "effective density",
+            ["100%", *(percent(arm.effective_density) for arm in methods)],
+            "The same over all calls, those that stayed dense counted as 100%.",
+        ),
+        Row(
+            "PSNR against dense",
+            [f"floor: {decibels(dense.psnr)}", *(decibels(arm.psnr) for arm in methods)],
+            "Closeness to the dense video of the same seed, mean and standard deviation over pairs; higher is "
+            "closer. The dense column is the noise floor: dense against dense again.",
+        ),
+        Row(
+            "SSIM against dense",
+            [f"floor: {similarity(dense.ssim)}", *(similarity(arm.ssim) for arm in methods)],
+            "Structural similarity to the dense video, 1 at most, mean and standard deviation over pairs.",
+        ),
+        Row("peak memory", [_memory(arm) for arm in arms], _memory_meaning(comparison)),
+        Row(
+            "planning",
+            [NONE, *(seconds(arm.plan_seconds) for arm in methods)],
+            "Time a run spent on making plans; part of its time.",
+        ),
+        Row(
+            "kernel",
+            [NONE, *(" ".join(arm.kernels) or NONE for arm in methods)],
+            "What computed the sparse calls.",
+        ),
+    ]
+
+
+def table(comparison: Comparison) -> Table:
+    """The figures for a terminal."""
+    from rich.table import Table
+
+    shown = Table(title=f"{len(comparison.pairs)} pairs of prompt and seed", title_justify="left")
+    shown.add_column("")
+    for head in columns(comparison):
+        shown.add_column(head, justify="right")
+    for row in rows(comparison):
+        shown.add_row(row.name, *row.cells)
+    return shown
+
+
+def verdict(comparison: Comparison, arm: MethodArm) -> str:
+    """What was measured next to what could be expected, in one sentence."""
+    share = comparison.attention_share_of_run
+    return (
+        f"Self-attention takes {percent(share)} of a dense call: free attention would make it "
+        f"{times(comparison.ceiling(0.0))} as fast, {arm.label}'s effective density of "
+        f"{percent(arm.effective_density)} lets {times(comparison.ceiling(arm.effective_density))} be expected, and "
+        f"{times(comparison.speedup(arm))} was measured."
+    )
+
+
+def seconds(value: float) -> str:
+    if value >= 60:
+        return f"{int(value // 60)} min {value % 60:.0f} s"
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if 0 < share < 0.995 else f"{100 * share:.0f}%"
+
+
+def times(factor: float) -> str:
+    return "∞" if math.isinf(factor) else f"{factor:.2f}x"
+
+
+def mean_decibels(values: list[float]) -> str:
+    """Mean over the videos that differ, for those that are equal have infinite PSNR."""
+    finite = [value for value in values if math.isfinite(value)]
+    return f"{fmean(finite):.1f} dB" if finite else "identical"
+
+
+def decibels(values: list[float]) -> str:
+    """Mean and spread; equal videos are counted apart."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "identical"
+    equal = len(values) - len(finite)
+    return f"{_spread(finite, 1)} dB" + (f", {equal} of {len(values)} identical" if equal else "")
+
+
+def similarity(values: list[float]) -> str:
+    return _spread(values, 3)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def _speedup(comparison: Comparison, arm: Arm) -> str:
+    each = comparison.speedups(arm)
+    middle = times(comparison.speedup(arm))
+    return middle if len(each) < 2 else f"{middle} ({min(each):.2f} to {max(each):.2f})"
+
+
+def _column(arm: Arm) -> str:
+    return "dense method" if arm.label == "dense" else arm.label
+
+
+def _memory(arm: Arm) -> str:
+    known = [value for value in arm.peak_bytes if value is not None]
+    return f"{max(known) / 2**20:.0f} MiB" if known else NONE
+
+
+def _memory_meaning(comparison: Comparison) -> str:
+    if comparison.machine.get("device") == "cpu":
+        return "How far the process's resident memory rose during a run; highest over pairs."
+    return "What torch had allocated on the device at most; highest over pairs."

@@ -1,0 +1,93 @@
+"""What a figure was measured on, and how much memory it took."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("falloff", "torch", "diffusers", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that a figure depends on; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """The machine in words."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": _processor(),
+        "cores": str(_cores()),
+        "threads": str(torch.get_num_threads()),
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """Peak memory from construction to ``read``.
+
+    On CUDA what torch had allocated at most; elsewhere how far the process's resident memory rose, which is
+    unknown (``None``) where the operating system does not tell.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        _restart_resident_peak()
+        self._before = _resident_peak()
+
+    def read(self) -> int | None:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        after = _resident_peak()
+        return None if after is None or self._before is None else after - self._before
+
+
+def _resident_peak() -> int | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _restart_resident_peak() -> None:
+    """Linux alone forgets a former peak on request; elsewhere only growth above all former peaks is seen."""
+    control = Path("/proc/self/clear_refs")
+    if sys.platform == "linux" and os.access(control, os.W_OK):
+        control.write_text("5")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

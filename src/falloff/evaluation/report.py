@@ -1,0 +1,214 @@
+"""A comparison as files: one page that needs nothing else, its figures as JSON, and the videos."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import escape
+from importlib import resources
+from pathlib import Path
+from statistics import fmean
+from string import Template
+
+from falloff.evaluation import figures, files
+from falloff.evaluation.charts import block_map_png, data_uri, decay_plot, fit_words
+from falloff.evaluation.comparison import Arm, Comparison, MethodArm
+from falloff.evaluation.video import encode, read, shrink
+
+PAGE_BYTES = 13 << 20
+"""Videos embedded in a page, before base64: the page stays below 20 MB."""
+LARGE_VIDEO_BYTES = 1 << 20
+"""Videos above this are embedded at a smaller size."""
+SHRUNK_SIDE = 480
+
+
+def write(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write ``compare.html``, ``compare.json`` and every video into a folder, made if need be.
+
+    Returns the paths, the page first. Raises ``OSError`` when the folder cannot be written to.
+    """
+    files.check_writable(folder)
+    contents: dict[str, bytes | str] = {
+        "compare.html": html(comparison),
+        "compare.json": json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n",
+    }
+    for arm in (comparison.dense, *comparison.methods):
+        for pair, video in enumerate(arm.videos):
+            contents[video_name(arm, pair)] = video
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        files.write(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def video_name(arm: Arm, pair: int) -> str:
+    """File name of an arm's video of a pair, counted from 0."""
+    return f"{pair + 1:02d}-{re.sub('[^A-Za-z0-9.]+', '-', arm.label).strip('-')}.mp4"
+
+
+def html(comparison: Comparison) -> str:
+    """The page, self-contained: styles, script, videos, maps and plots are all inside."""
+    template = resources.files("falloff.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    parts = {
+        "title": escape(f"falloff: {', '.join(arm.label for arm in comparison.methods)} against dense"),
+        "subtitle": _subtitle(comparison),
+        "headlines": "".join(_headline(comparison, arm) for arm in comparison.methods),
+        "videos": _videos(comparison),
+        "figures": _figures(comparison),
+        "meanings": _definitions({row.name: row.meaning for row in figures.rows(comparison)}),
+        "maps": _maps(comparison),
+        "reasons": _reasons(comparison),
+        "decay": _decay(comparison),
+        "settings": _definitions(_settings(comparison)),
+        "machine": _definitions({**comparison.machine, **comparison.versions}),
+        "command": escape(comparison.command),
+    }
+    return Template(template).substitute(parts)
+
+
+def _subtitle(comparison: Comparison) -> str:
+    pairs = len(comparison.pairs)
+    count = "1 pair" if pairs == 1 else f"{pairs} pairs"
+    return escape(f"{comparison.model}, {count} of prompt and seed, {comparison.created}")
+
+
+def _headline(comparison: Comparison, arm: MethodArm) -> str:
+    stats = {
+        "Speed-up": (figures.times(comparison.speedup(arm)), "of the whole call, against dense"),
+        "PSNR against dense": (
+            figures.mean_decibels(arm.psnr),
+            f"noise floor: {figures.mean_decibels(comparison.dense.psnr)}",
+        ),
+        "SSIM against dense": (
+            f"{fmean(arm.ssim):.3f}",
+            f"noise floor: {fmean(comparison.dense.ssim):.3f}",
+        ),
+        "Attention computed": (
+            figures.percent(arm.density),
+            f"{figures.percent(arm.effective_density)} with the dense steps and layers",
+        ),
+    }
+    shown = "".join(
+        f"<div><dt>{name}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
+        for name, (value, note) in stats.items()
+    )
+    return (
+        f'<section class="card headline"><h3>{escape(arm.label)}</h3><dl class="stats">{shown}</dl>'
+        f"<p>{escape(figures.verdict(comparison, arm))}</p></section>"
+    )
+
+
+def _videos(comparison: Comparison) -> str:
+    """Pair after pair, as many as the page has room for."""
+    arms: list[Arm] = [comparison.dense, *comparison.methods]
+    room, shown = PAGE_BYTES, []
+    for number, pair in enumerate(comparison.pairs):
+        videos = [_small(arm.videos[number], comparison.fps) for arm in arms]
+        room -= sum(map(len, videos))
+        if room < 0:
+            left = len(comparison.pairs) - number
+            shown.append(f"<p>{left} more of {len(comparison.pairs)} pairs are in the folder beside this page.</p>")
+            break
+        both = zip(arms, videos, strict=True)
+        cards = "".join(_video_card(arm, number, video, pair.prompt) for arm, video in both)
+        shown.append(
+            f'<h3>{escape(pair.prompt)} <span class="soft">seed {pair.seed}</span></h3>'
+            f'<div class="videos">{cards}</div>'
+        )
+    return "".join(shown)
+
+
+def _video_card(arm: Arm, pair: int, video: bytes, prompt: str) -> str:
+    label = escape(f"{arm.label}: {prompt}", quote=True)
+    words = figures.seconds(arm.seconds[pair])
+    if isinstance(arm, MethodArm):
+        words += f", PSNR {figures.decibels([arm.psnr[pair]])}, SSIM {figures.similarity([arm.ssim[pair]])}"
+    return (
+        f'<figure class="card"><video src="{data_uri("video/mp4", video)}" aria-label="{label}" '
+        f"loop muted playsinline></video><figcaption><b>{escape(arm.label)}</b>{words}</figcaption></figure>"
+    )
+
+
+def _small(video: bytes, fps: float) -> bytes:
+    if len(video) <= LARGE_VIDEO_BYTES:
+        return video
+    return encode(shrink(read(video), SHRUNK_SIDE), fps)
+
+
+def _figures(comparison: Comparison) -> str:
+    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in figures.columns(comparison))
+    body = "".join(
+        f'<tr><th scope="row">{row.name}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row.cells)}</tr>'
+        for row in figures.rows(comparison)
+    )
+    return f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _maps(comparison: Comparison) -> str:
+    intro = (
+        "<p>Rows are queries, columns are keys, in the order that blocks are cut from. "
+        '<span class="soft">Share of token pairs computed: 0%<span class="ramp"></span>100%</span></p>'
+    )
+    return f'{intro}<div class="maps">{"".join(map(_map, comparison.methods))}</div>'
+
+
+def _map(arm: MethodArm) -> str:
+    caption = f"{arm.label}: {figures.percent(arm.density)} of all token pairs"
+    if arm.block_map is None:
+        return f'<figure class="card"><figcaption>{escape(arm.label)}: every call stayed dense</figcaption></figure>'
+    return (
+        f'<figure class="card"><div class="map"><span class="down">queries</span>'
+        f'<img src="{block_map_png(arm.block_map)}" alt="Block map of {escape(caption, quote=True)}">'
+        f'<span class="across">keys</span></div><figcaption>{escape(caption)}</figcaption></figure>'
+    )
+
+
+def _reasons(comparison: Comparison) -> str:
+    found = [(arm.label, why, count) for arm in comparison.methods for why, count in arm.reasons.items()]
+    if not found:
+        return "<p>None.</p>"
+    body = "".join(
+        f'<tr><th scope="row">{escape(label)}</th><td class="text">{escape(why)}</td><td>{count}</td></tr>'
+        for label, why, count in found
+    )
+    heads = '<th scope="col">method</th><th scope="col" class="text">reason</th><th scope="col">calls</th>'
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="card scroll" tabindex="0" role="region" aria-label="Dense calls">{table}</div>'
+
+
+def _decay(comparison: Comparison) -> str:
+    if not comparison.decay:
+        return "<p>No attention call was seen.</p>"
+    plots = "".join(
+        f'<figure class="card">{decay_plot(curve)}<figcaption>{escape(fit_words(curve))}</figcaption></figure>'
+        for curve in comparison.decay
+    )
+    keys = {
+        "mean of all layers": '<circle class="mean" cx="17" cy="5" r="4"/>',
+        "exponential fit": '<polyline class="fit" points="0,5 34,5"/>',
+        "single layers": '<polyline class="layer" points="0,5 34,5"/>',
+        "attention spread evenly": '<polyline class="uniform" points="0,5 34,5"/>',
+    }
+    key = "".join(
+        f'<li><svg viewBox="0 0 34 10" aria-hidden="true">{mark}</svg>{name}</li>' for name, mark in keys.items()
+    )
+    intro = (
+        "<p>Mean attention of sampled queries in the dense run, by distance to the key. Sparse attention with a "
+        "reach that shrinks with distance rests on this fall: the steeper, the less it leaves out.</p>"
+    )
+    return f'{intro}<ul class="key">{key}</ul><div class="plots">{plots}</div>'
+
+
+def _settings(comparison: Comparison) -> dict[str, str]:
+    found = {"pipeline call": _words(comparison.call_arguments) or "the pipeline's defaults"}
+    for arm in comparison.methods:
+        found[arm.label] = "; ".join(filter(None, (_words(arm.settings), _words(arm.schedule))))
+    return found
+
+
+def _words(values: dict[str, object]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in values.items())
+
+
+def _definitions(entries: dict[str, str]) -> str:
+    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in entries.items())

@@ -1,0 +1,50 @@
+"""Put the trained parts together as a pipeline folder that `WanPipeline.from_pretrained` loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+from falloff.miniature import text
+from falloff.miniature.transformer import Model
+
+GENERATION: dict[str, Any] = {
+    "height": 128,
+    "width": 128,
+    "num_frames": 65,
+    "num_inference_steps": 16,
+    "guidance_scale": 3.0,
+    "max_sequence_length": text.LENGTH,
+    "fps": 16,
+}
+
+
+def save(vae: AutoencoderKLWan, model: Model, folder: Path) -> None:
+    """Write the pipeline and its default call arguments to `folder`; beside first, then renamed."""
+    pipe = WanPipeline(
+        tokenizer=text.tokenizer(),
+        text_encoder=model.text_encoder.eval(),
+        vae=vae.eval().half(),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        ),
+        transformer=model.transformer.eval().half(),
+    )
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    pipe.save_pretrained(beside)
+    (beside / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def call_arguments(folder: Path) -> dict[str, Any]:
+    """The default arguments for calling the pipeline (without `fps`, which is for writing the video)."""
+    arguments: dict[str, Any] = json.loads((folder / "generation.json").read_text())
+    del arguments["fps"]
+    return arguments
