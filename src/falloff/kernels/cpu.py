@@ -39,7 +39,8 @@ def attention(
     """As the reference, at a cost proportional to the plan's density. Differentiable through out and LSE."""
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHND, k_BHND, v_BHND))
     if plan.density == 1 and key_valid_BN is None and not differentiable:
-        out, lse = _flash(q_BHND, k_BHND, v_BHND, scale=scale)
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q_BHND, k_BHND, v_BHND))
+        out, lse = _flash(q, k, v, scale=scale)  # which takes any other stride, and silently misreads this one
         return out, lse
     return in_units(plan, q_BHND, k_BHND, v_BHND, key_valid_BN, partial(_Attention.apply, scale))
 

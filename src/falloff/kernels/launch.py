@@ -235,7 +235,9 @@ def _flat_order(order: Tensor | None, batch: int, heads: int, length: int) -> Or
 def _ranges(first: Ints, count: Ints) -> Ints:
     """``first[i], first[i] + 1, ...`` for ``count[i]`` numbers, end to end."""
     ends = count.cumsum()
-    return np.repeat(first - (ends - count), count) + np.arange(int(count.sum()))
+    offset: Ints = np.repeat(first - (ends - count), count)
+    numbers: Ints = offset + np.arange(len(offset), dtype=np.int64)
+    return numbers
 
 
 def _sums(values: Ints, starts: Ints) -> Ints:
