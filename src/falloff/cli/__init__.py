@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, cast
 
 import typer
@@ -35,8 +35,15 @@ app.command("methods")(methods.methods)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"falloff {version('falloff')}")
+        typer.echo(f"falloff {_version()}")
         raise typer.Exit
+
+
+def _version() -> str:
+    try:
+        return version("falloff")
+    except PackageNotFoundError:
+        return "of unknown version: its sources are used without being installed"
 
 
 @app.callback()
@@ -59,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
         code = app(list(arguments), prog_name="falloff", standalone_mode=False)
     except UsageError as error:
         # the message is empty where no command was given and typer has shown the help instead
-        return _fail(f"{error.format_message()} See 'falloff --help'." if str(error) else "", 2)  # type: ignore[attr-defined]
+        return _fail(f"{error.format_message().rstrip('.')}; see 'falloff --help'" if str(error) else "", 2)  # type: ignore[attr-defined]
     except CommandError as error:
         return _fail(str(error), error.code)
     except (KeyboardInterrupt, typer.Abort):

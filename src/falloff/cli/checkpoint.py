@@ -52,9 +52,9 @@ class Checkpoint:
 def find(model: str | None) -> Checkpoint:
     """Look a checkpoint over. Raises ``CommandError`` when it is missing, incomplete, or of no supported family."""
     if model is None:
-        from falloff import miniature
+        from falloff.miniature import path as bundled
 
-        return _folder(miniature.path(), "the bundled miniature")
+        return _folder(bundled(), "the bundled miniature")
     path = Path(model)
     if path.is_dir():
         return _folder(path, model)

@@ -248,7 +248,8 @@ def _labels(methods: Sequence[Method]) -> list[str]:
     for method in methods:
         rivals = [other.settings() for other in methods if other.name == method.name]
         differing = [key for key in rivals[0] if len({str(settings[key]) for settings in rivals}) > 1]
-        labels.append(" ".join([method.name, *(f"{key}={method.settings()[key]}" for key in differing)]))
+        name = "dense method" if method.name == "dense" else method.name  # plain dense has that name already
+        labels.append(" ".join([name, *(f"{key}={method.settings()[key]}" for key in differing)]))
     return labels
 
 
