@@ -51,15 +51,16 @@ class MethodArm(Arm):
     method: str
     settings: dict[str, Any]
     schedule: dict[str, Any]
-    density: float
-    """Of the sparse calls; text included."""
+    density: float | None
+    """Of the sparse calls; text included. ``None`` when every call was dense."""
     effective_density: float
     """Of all calls, the dense ones counted as 1."""
     plan_seconds: float
     """Mean of a run."""
     kernel: str
+    """The choice of the last sparse call, and why not another."""
     kernels: dict[str, int]
-    """Calls by kernel, all runs together."""
+    """Sparse calls by kernel, all runs together."""
     reasons: dict[str, int]
     """Dense calls by reason, all runs together."""
     block_map: NDArray[np.uint8] | None = dataclasses.field(repr=False)

@@ -28,13 +28,6 @@ class Argument:
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return kwargs[self.name] if self.name in kwargs else args[self.position]
 
-    def replace(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.name in kwargs:
-            return args, {**kwargs, self.name: value}
-        return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
-
 
 @dataclass(frozen=True, kw_only=True)
 class Host:

@@ -76,16 +76,12 @@ def _key_validity(mask: Tensor | None) -> Tensor | None:
 
 
 class Scene:
-    """What traced code knows of an attached model. ``grid`` int64 [3] is that of the last forward to start.
+    """What traced code knows of an attached model: the grid of the last forward to start, int64 [3] on the CPU.
 
     It stays after the forward, because gradient checkpointing runs layers again during the backward.
     """
 
-    def __init__(self, host: Host, patch: tuple[int, int, int], root: Tensor, timing: bool) -> None:
-        self.host = host
-        self.patch = patch
-        self.root = root
-        self.timing = timing
+    def __init__(self) -> None:
         self.grid = torch.zeros(3, dtype=torch.int64, device="cpu")
 
 
@@ -138,7 +134,9 @@ class Attachment:
         self.marks: list[Mark] = []
         self.handles: list[Any] = []
         self.listener = Listener(watch)
-        self.scene = Scene(host, host.patch(model.config), op.register_root(self), session.timing)
+        self.host = host
+        self.patch = host.patch(model.config)
+        self.scene = Scene()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """A copied model is attached like the first, to a session of its own."""
@@ -146,14 +144,13 @@ class Attachment:
         memo[id(self)] = twin
         for name, value in vars(self).items():
             setattr(twin, name, copy.deepcopy(value, memo))
-        twin.scene.root = op.register_root(twin)
         for mark in twin.marks:
             mark.slot = op.Slot(twin.session, mark.slot.seat, mark.slot.dense)
             mark.attn._falloff_slot = op.register_slot(mark.slot)
         return twin
 
-    def arrive(self, timestep: Tensor) -> None:
-        """The model's forward starts."""
+    def arrive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's forward starts with these arguments."""
         lost = [mark.path for mark in self.marks if not mark.holds]
         if lost:
             raise DetachedError(
@@ -162,11 +159,10 @@ class Attachment:
                 "falloff.enable(..., replace=True) to attach again, with the new backend for dense calls, or "
                 "falloff.disable(...)"
             )
+        shape = self.host.latent.read(args, kwargs).shape[-3:]
+        self.scene.grid = torch.tensor([n // p for n, p in zip(shape, self.patch, strict=True)], device="cpu")
+        timestep = self.host.timestep.read(args, kwargs)
         self.session.begin(self.watch.look(self.listener.context, timestep), timestep.device)
-
-    def depart(self) -> None:
-        """The model's forward is over."""
-        self.session.end()
 
 
 def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session, pipe: Any | None) -> None:
@@ -176,7 +172,7 @@ def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session,
     try:
         for number, (model, host) in enumerate(zip(models, hosts, strict=True)):
             attachments.append(Attachment(session, watch, host, model, number))
-            _attach(attachments[-1], host)
+            _attach(attachments[-1])
     except BaseException:
         for attachment in attachments:
             detach(attachment)
@@ -197,14 +193,14 @@ def detach(attachment: Attachment) -> None:
         handle.remove()
     _unlisten(model)
     if attached(model) is attachment:
-        del model._falloff, model._falloff_scene
+        del model._falloff
 
 
-def _attach(attachment: Attachment, host: Host) -> None:
-    model = attachment.model
+def _attach(attachment: Attachment) -> None:
+    model, host = attachment.model, attachment.host
     paths = host.attention_paths(model)
     users = Counter(id(module.processor) for module in model.modules() if hasattr(module, "processor"))
-    model._falloff, model._falloff_scene = attachment, attachment.scene  # type: ignore[assignment]
+    model._falloff = attachment  # type: ignore[assignment]
     for layer, path in enumerate(paths):
         attn = model.get_submodule(path)
         _check_processor(path, attn.processor)
@@ -237,7 +233,7 @@ def _mark(path: str, attn: Any, seat: Seat, attachment: Attachment, *, shared: b
     processor._attention_backend = KEY
     handles = [
         attn.register_forward_pre_hook(_layer_starts),
-        attn.register_forward_hook(_layer_ends, always_call=True),
+        attn.register_forward_hook(_layer_ends),
     ]
     return Mark(
         path=path, attn=attn, slot=slot, processor=processor, before=before, key=key, had_key=had_key, handles=handles
@@ -292,23 +288,15 @@ def _unlisten(model: nn.Module) -> None:
     del registry.hooks[NAME], registry._hook_order[place], registry._fn_refs[place]
 
 
-def _root_starts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    scene: Scene = model._falloff_scene
-    frames, height, width = scene.host.latent.read(args, kwargs).shape[-3:]
-    pf, ph, pw = scene.patch
-    scene.grid = torch.tensor([frames // pf, height // ph, width // pw], device="cpu")
-    timestep = op.arrive(scene.host.timestep.read(args, kwargs), scene.root)
-    return scene.host.timestep.replace(args, kwargs, timestep)
+# PyTorch runs the hooks of a compiled model outside its graph, but would compile each of them by itself.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _root_starts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    model._falloff.arrive(args, kwargs)
 
 
-def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> Any:
-    scene: Scene = model._falloff_scene
-    if not scene.timing:
-        return output
-    if isinstance(output, tuple):
-        return (op.depart(output[0], scene.root), *output[1:])
-    output.sample = op.depart(output.sample, scene.root)
-    return output
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    model._falloff.session.end()
 
 
 def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:

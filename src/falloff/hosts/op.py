@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,6 @@ from falloff.session import DenseBackend, Seat, Session
 
 _TAGS = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
 """A replayed CUDA graph would repeat the decisions of the captured step."""
-
-
-class Root(Protocol):
-    """One attached model, told when its forward starts and ends."""
-
-    def arrive(self, timestep: Tensor) -> None: ...
-
-    def depart(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +33,12 @@ class Slot:
 
 _numbers = itertools.count()
 _slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
-_roots: weakref.WeakValueDictionary[int, Root] = weakref.WeakValueDictionary()
 
 
 def register_slot(slot: Slot) -> Tensor:
     """A number for a slot, for as long as somebody keeps the slot: 0-d int64."""
     number = next(_numbers)
     _slots[number] = slot
-    return torch.tensor(number, device="cpu")
-
-
-def register_root(root: Root) -> Tensor:
-    """A number for a root, for as long as somebody keeps the root: 0-d int64."""
-    number = next(_numbers)
-    _roots[number] = root
     return torch.tensor(number, device="cpu")
 
 
@@ -66,25 +50,6 @@ def attend(
         out, _ = torch.ops.falloff.attention(query, key, value, key_valid, slot, grid, scale)
         return out  # type: ignore[no-any-return]
     return _attend(query, key, value, key_valid, slot, grid, scale)[0]
-
-
-def arrive(timestep: Tensor, root: Tensor) -> Tensor:
-    """Tell the root that its forward starts; the timestep, to be used from here on.
-
-    A compiler keeps the order because the model computes with what comes out.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ops.falloff.arrive(timestep, root)  # type: ignore[no-any-return]
-    _roots[int(root)].arrive(timestep)
-    return timestep
-
-
-def depart(output: Tensor, root: Tensor) -> Tensor:
-    """Tell the root that its forward is over; the output, to be used from here on."""
-    if torch.compiler.is_compiling():
-        return torch.ops.falloff.depart(output, root)  # type: ignore[no-any-return]
-    _roots[int(root)].depart()
-    return output
 
 
 def _attend(
@@ -161,20 +126,3 @@ def _attention_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | Non
 
 
 _attention_op.register_autograd(_attention_gradient, setup_context=_save)
-
-
-@torch.library.custom_op("falloff::arrive", mutates_args=(), tags=_TAGS)
-def _arrive_op(timestep: Tensor, root: Tensor) -> Tensor:
-    _roots[int(root)].arrive(timestep)
-    return timestep.clone()
-
-
-@torch.library.custom_op("falloff::depart", mutates_args=(), tags=_TAGS)
-def _depart_op(output: Tensor, root: Tensor) -> Tensor:
-    _roots[int(root)].depart()
-    return output.clone()
-
-
-for _op in (_arrive_op, _depart_op):
-    _op.register_fake(lambda x, root: x.clone())
-    _op.register_autograd(lambda ctx, grad: (grad, None))

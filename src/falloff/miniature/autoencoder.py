@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from falloff.miniature import digits
 from falloff.miniature.muon import optimizers, set_rate
-from falloff.miniature.state import load_state, save_state
+from falloff.miniature.state import load_state, save_state, seeded
 
 SPREAD = 0.1  # the posterior's standard deviation, where latents have about 1
 CANVAS, CROP = 96, 64  # px
@@ -52,7 +52,7 @@ def build() -> AutoencoderKLWan:
 
 def train(folder: Path, seconds: float) -> AutoencoderKLWan:
     """Train for `seconds` in all, resuming from `folder`/autoencoder.pt."""
-    vae = build()
+    vae = seeded(build)
     both = optimizers((p for p in vae.parameters() if p.ndim >= 4 and len(p) > 3), vae, rates=(0.05, 2e-3))
     parts = {"model": vae, **both}
     spent, step = load_state(folder / "autoencoder.pt", parts)

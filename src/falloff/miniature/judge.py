@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from falloff.miniature import digits
 from falloff.miniature.digits import COLOURS, GLYPH, Floats, Wish
+from falloff.miniature.state import seeded
 
 BRIGHT = 0.35  # a pixel whose strongest channel is above this belongs to a digit
 FEWEST = 60  # px: less of a colour than this in a frame is not a digit (the thinnest 1 has about 250)
@@ -55,9 +56,7 @@ def build_classifier() -> torch.nn.Module:
 
 def train_classifier(file: Path, steps: int = 1500) -> torch.nn.Module:
     """The classifier from `file`, trained there first from a fixed seed if it is missing."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_classifier()
+    model = seeded(build_classifier)
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()

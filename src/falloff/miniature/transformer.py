@@ -23,7 +23,7 @@ from falloff.miniature import text
 from falloff.miniature.autoencoder import CHANNELS
 from falloff.miniature.muon import optimizers, set_rate
 from falloff.miniature.pool import Pool, Recipe, load
-from falloff.miniature.state import load_state, save_state
+from falloff.miniature.state import load_state, save_state, seeded
 
 SMALL = Recipe("small", size=64, frames=9, clips=3000, pairs=0.0, composed=0.0)
 FULL = Recipe("full", size=128, frames=17, clips=1500, pairs=0.0, composed=0.6)
@@ -86,7 +86,7 @@ class Model(torch.nn.Module):
 
 def train(vae: AutoencoderKLWan, folder: Path, seconds: float) -> Model:
     """Train for `seconds` in all, resuming from `folder`/transformer.pt; returns the averaged weights."""
-    model = Model()
+    model = seeded(Model)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # type: ignore[no-untyped-call]
     matrices = (p for p in model.transformer.blocks.parameters() if p.ndim == 2)
     both = optimizers(matrices, model, rates=(0.02, 2e-3))
