@@ -42,7 +42,7 @@ def test_plan_for_refuses_methods_without_a_plan() -> None:
     sequence = falloff.Sequence(falloff.Grid(1, 1, 8))
     with pytest.raises(ValueError, match="looking plans from queries and keys"):
         falloff.plan_for(Looking(), sequence)
-    with pytest.raises(ValueError, match="dense has no plan for .*: method keeps attention dense"):
+    with pytest.raises(ValueError, match=r"dense has no plan for .*: method keeps attention dense"):
         falloff.plan_for(falloff.Full(), sequence)
 
 
