@@ -39,9 +39,7 @@ def train(work: Work, seconds: Seconds = 3600) -> None:
 @app.command()
 def measure(
     work: Work,
-    checkpoint_folder: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Default: the shipped one.")
-    ] = None,
+    checkpoint_folder: Annotated[Path | None, typer.Option("--checkpoint", help="Default: the shipped one.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to generate.")] = 64,
     frames: Annotated[int | None, typer.Option(help="Frames per video instead of the default.")] = None,
 ) -> None:

@@ -51,9 +51,7 @@ def sizes(pipe: WanPipeline, folder: Path) -> dict[str, Any]:
 def fidelity(vae: AutoencoderKLWan, classifier: Classifier, count: int, frames: int) -> dict[str, Any]:
     """PSNR on held-out clips of held-out handwriting, and how the judge reads clips and reconstructions."""
     held = autoencoder.held_out_clips(4 * count, frames)
-    rebuilt = [
-        (t, c, autoencoder.reconstruct(vae, c)) for t, c in track(held[:count], description="autoencoder")
-    ]
+    rebuilt = [(t, c, autoencoder.reconstruct(vae, c)) for t, c in track(held[:count], description="autoencoder")]
     psnrs = [autoencoder.psnr(c, r) for _, c, r in rebuilt]
     return {
         "psnr_db": {"mean": float(np.mean(psnrs)), "worst": min(psnrs), "clips": count, "frames": frames},
@@ -124,9 +122,7 @@ def _latents_for(arguments: dict[str, Any]) -> torch.Tensor:
     return torch.zeros(1, autoencoder.CHANNELS, frames, arguments["height"] // 8, arguments["width"] // 8)
 
 
-def generate(
-    pipe: WanPipeline, arguments: dict[str, Any], prompt: str, seed: int
-) -> tuple[digits.Floats, float]:
+def generate(pipe: WanPipeline, arguments: dict[str, Any], prompt: str, seed: int) -> tuple[digits.Floats, float]:
     """A video [F, H, W, 3] in [0, 1] and the seconds it took."""
     began = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)

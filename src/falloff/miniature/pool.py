@@ -95,9 +95,7 @@ def load(recipe: Recipe, vae: AutoencoderKLWan, folder: Path) -> Pool:
 
 
 @torch.no_grad()
-def _make(
-    recipe: Recipe, vae: AutoencoderKLWan, together: int = 10
-) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+def _make(recipe: Recipe, vae: AutoencoderKLWan, together: int = 10) -> tuple[torch.Tensor, list[str], torch.Tensor]:
     rng = np.random.default_rng([5, recipe.size, recipe.frames])
     captions: list[str] = []
     latents = []

@@ -128,9 +128,7 @@ def _rate(step: int, done: float) -> float:
     return min(1.0, (step + 1) / 50) * min(1.0, max(0.03, 2 * (1 - done)))
 
 
-def _step(
-    model: Model, optimizers: Iterable[torch.optim.Optimizer], pool: Pool, meal: Meal, step: int
-) -> float:
+def _step(model: Model, optimizers: Iterable[torch.optim.Optimizer], pool: Pool, meal: Meal, step: int) -> float:
     rng = np.random.default_rng([6, step])
     clean, captions = pool.draw(rng, meal.batch, meal.frames)
     captions = ["" if rng.random() < NO_CAPTION else c for c in captions]
@@ -144,9 +142,7 @@ def _step(
     return float(loss.detach())
 
 
-def flow_loss(
-    model: Model, clean: torch.Tensor, captions: list[str], generator: torch.Generator
-) -> torch.Tensor:
+def flow_loss(model: Model, clean: torch.Tensor, captions: list[str], generator: torch.Generator) -> torch.Tensor:
     """Mean squared error of the predicted velocity for `clean`, [batch, channels, frames, height, width]."""
     noise = torch.randn(clean.shape, generator=generator)
     s = draw_times(len(captions), generator)
