@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -17,7 +18,34 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+from falloff import BlockMap, Method, Plan, Schedule
+from falloff.methods import Call, State
+
 TEXT = 16
+ALWAYS = Schedule(dense_first=0, dense_last=0, dense_layers=())
+"""Nothing stays dense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames(Method):
+    """A query sees its own frame, and the first ``seen`` frames; all of them make full attention."""
+
+    name: ClassVar[str] = "frames"
+    static: ClassVar[bool] = True
+    schedule: ClassVar[Schedule] = ALWAYS
+
+    seen: int = 1
+
+    def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan:
+        grid, n = call.sequence.grid, call.sequence.tokens
+        blocks = torch.eye(grid.frames, dtype=torch.bool)
+        blocks[:, : self.seen] = True
+        size = grid.frame_tokens
+        return Plan(q_len=n, kv_len=n, q_sizes=size, kv_sizes=size, blocks=BlockMap.from_dense(blocks))
+
+
+FULL = Frames(seen=99)
+"""Every block on, through our kernels."""
 
 
 def transformer(layers: int = 2, seed: int = 0, channels: int = 16, out_channels: int = 16) -> WanTransformer3DModel:

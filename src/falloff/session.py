@@ -121,19 +121,18 @@ class Report:
     """Of all root forwards; ``None`` unless timed."""
     plan: Plan | None
     """The last plan that was run."""
-    choice: kernels.Choice | None
-    """The kernel that ran it, and why."""
+    choice: str | None
+    """The kernel that ran it, why, and why not another."""
 
     @property
-    def density(self) -> float | None:
-        """Mean over the calls that a plan computed; ``None`` without any."""
-        densities = [call.density for call in self.calls if call.reason is None]
-        return sum(densities) / len(densities) if densities else None
+    def density(self) -> float:
+        """Mean over the calls that a plan computed; 1 without any."""
+        return _mean([call.density for call in self.calls if call.reason is None])
 
     @property
-    def effective_density(self) -> float | None:
-        """Mean over all calls, dense ones as 1; ``None`` without any."""
-        return sum(call.density for call in self.calls) / len(self.calls) if self.calls else None
+    def effective_density(self) -> float:
+        """Mean over all calls, dense ones as 1; 1 without any."""
+        return _mean([call.density for call in self.calls])
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -168,7 +167,7 @@ class Report:
             "plan_seconds": self.plan_seconds,
             "attention_seconds": self.attention_seconds,
             "forward_seconds": self.forward_seconds,
-            "choice": str(self.choice) if self.choice is not None else None,
+            "choice": self.choice,
             "calls": [asdict(call) for call in self.calls],
         }
 
@@ -182,8 +181,8 @@ class Report:
             return [*lines, ("calls", "none yet")]
         dense = sum(self.reasons.values())
         lines.append(("calls", f"{len(self.calls) - dense} sparse, {dense} dense"))
-        lines.append(("density", f"{_share(self.density)} of the pairs in sparse calls"))
-        lines.append(("effective density", f"{_share(self.effective_density)} with dense calls as 100%"))
+        lines.append(("density", f"{self.density:.1%} of the pairs in sparse calls"))
+        lines.append(("effective density", f"{self.effective_density:.1%} with dense calls as 100%"))
         lines.append(("kernels", _settings(self.kernels)))
         lines += [("dense because", f"{reason}: {count} calls") for reason, count in self.reasons.items()]
         lines.append(("planning", f"{self.plan_seconds:.3f} s"))
@@ -192,7 +191,7 @@ class Report:
         if self.forward_seconds is not None:
             lines.append(("forwards", f"{self.forward_seconds:.3f} s"))
         if self.choice is not None:
-            lines.append(("kernel", str(self.choice).replace("\n", "\n" + " " * 18)))
+            lines.append(("kernel", self.choice.replace("\n", "\n" + " " * 18)))
         return lines
 
 
@@ -259,7 +258,7 @@ class Session:
             note.update(density=1.0, kernel=dense.name(), reason=plan.reason)
         else:
             needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            choice = kernels.choose(plan, q, impl=self.kernel, needs_grad=needs_grad)
+            choice = kernels.choose(plan, q, impl=self.kernel, needs_grad=needs_grad, needs_lse=False)
             out = kernels.run(plan, q, k, v, scale=scale, key_valid=key_valid, impl=choice.name)[0].transpose(1, 2)
             note.update(density=plan.density, kernel=choice.name, reason=None)
             self._last_plan, self._last_choice = plan, choice
@@ -300,7 +299,7 @@ class Session:
             calls=[Record(**note, attention_seconds=watch.seconds() if watch else None) for note, watch in self._calls],
             forward_seconds=sum(watch.seconds() or 0.0 for watch in self._forwards) if self.timing else None,
             plan=self._last_plan,
-            choice=self._last_choice,
+            choice=str(self._last_choice) if self._last_choice is not None else None,
         )
 
     def _decide(self, seat: Seat, grid: Grid | None, q: Tensor, k: Tensor, v: Tensor) -> Plan | Dense:
@@ -365,5 +364,5 @@ def _settings(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _mean(densities: list[float]) -> float:
+    return sum(densities) / len(densities) if densities else 1.0

@@ -105,7 +105,7 @@ def _step(
 
 def _crop(rng: np.random.Generator, frames: int) -> digits.Floats:
     text = digits.caption(digits.draw_wishes(rng, int(rng.integers(1, 3))))
-    clip = digits.render(digits.draw_scene(rng, text, CANVAS), frames, CANVAS)
+    clip = digits.render(digits.draw_scene(rng, text, digits.training_scans, CANVAS), frames, CANVAS)
     x, y = rng.integers(0, CANVAS - CROP + 1, size=2)
     return clip[:, y : y + CROP, x : x + CROP]
 
@@ -130,7 +130,7 @@ def held_out_clips(count: int, frames: int) -> list[tuple[str, digits.Floats]]:
     """Captions and full-size clips of held-out captions drawn with held-out scans, always the same ones."""
     rng = np.random.default_rng(3)
     prompts = digits.held_out_prompts(count, seed=3)
-    return [(t, digits.render(digits.draw_scene(rng, t, heldout=True), frames)) for t in prompts]
+    return [(t, digits.render(digits.draw_scene(rng, t, digits.held_out_scans), frames)) for t in prompts]
 
 
 @torch.no_grad()

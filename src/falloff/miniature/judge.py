@@ -61,7 +61,7 @@ def train_classifier(file: Path, steps: int = 1500) -> torch.nn.Module:
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
     rng = np.random.default_rng(8)
-    indices = np.array([i for d in range(10) for i in digits.scans_of(d, heldout=False)])
+    indices = np.array([i for d in range(10) for i in digits.training_scans(d)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):

@@ -25,9 +25,9 @@ from falloff.miniature.muon import optimizers, set_rate
 from falloff.miniature.pool import Pool, Recipe, load
 from falloff.miniature.state import load_state, save_state, seeded
 
-SMALL = Recipe("small", size=64, frames=9, clips=3000, pairs=0.0, composed=0.0)
-FULL = Recipe("full", size=128, frames=17, clips=1500, pairs=0.0, composed=0.6)
-LONG = Recipe("long", size=128, frames=65, clips=240, pairs=0.6, composed=0.0)
+SMALL = Recipe("small", size=64, frames=9, clips=1500, pairs=0.0, composed=0.0)
+FULL = Recipe("full", size=128, frames=17, clips=500, pairs=0.0, composed=0.6)
+LONG = Recipe("long", size=128, frames=65, clips=100, pairs=0.0, composed=0.6)
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,13 @@ class Stage:
     meals: tuple[Meal, ...]
 
 
+SHAPES = Meal(SMALL, 3, 16)  # six times as many digits per second as a full canvas gives
 STAGES = (
-    Stage(0.15, (Meal(SMALL, 3, 16),)),
-    Stage(0.45, (Meal(FULL, 3, 10),)),
-    Stage(0.65, (Meal(FULL, 5, 6),)),
-    Stage(0.82, (Meal(LONG, 9, 4), Meal(FULL, 5, 6))),
-    Stage(1.0, (Meal(LONG, 17, 1), Meal(LONG, 9, 3))),
+    Stage(0.55, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 4))),
+    Stage(0.70, (SHAPES, Meal(FULL, 3, 6))),
+    Stage(0.82, (SHAPES, Meal(FULL, 3, 4), Meal(FULL, 5, 4))),
+    Stage(0.91, (Meal(FULL, 3, 4), Meal(LONG, 9, 2))),
+    Stage(1.0, (Meal(FULL, 5, 2), Meal(LONG, 17, 1))),
 )
 NO_CAPTION = 0.1  # the share of clips trained without their caption, for guidance
 SHIFT = 3.0
@@ -124,8 +125,8 @@ def meal_at(done: float, step: int) -> Meal:
 
 
 def _rate(step: int, done: float) -> float:
-    """Warm up over 50 steps, stay, and fall linearly to 3 % over the second half of the time."""
-    return min(1.0, (step + 1) / 50) * min(1.0, max(0.03, 2 * (1 - done)))
+    """Warm up over 50 steps, stay for 60 % of the time, and fall linearly to 3 %."""
+    return min(1.0, (step + 1) / 50) * min(1.0, max(0.03, 2.5 * (1 - done)))
 
 
 def _step(model: Model, optimizers: Iterable[torch.optim.Optimizer], pool: Pool, meal: Meal, step: int) -> float:
