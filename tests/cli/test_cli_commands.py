@@ -19,7 +19,7 @@ def test_generate(falloff, checkpoint: Path, tmp_path: Path) -> None:
     assert result.code == 0
     assert read(output).shape == (9, 32, 32, 3)
     assert list(output.parent.iterdir()) == [output]
-    assert "dense because     dense first step: 4 calls" in result.out
+    assert "dense because     dense first step: 2 calls" in result.out
     assert "9 frames of 32 x 32 at 8 a second" in result.out
     assert "step 3 of 3" in result.err
     assert "Warning" not in result.err

@@ -90,13 +90,15 @@ def compare(
     methods or one for each, stands in for their own. ``call_arguments`` go to the pipeline as they are.
 
     The pipeline is left as it was, also on an error or an interrupt. Raises ``ValueError`` for no prompts, methods
-    or seeds and for unknown methods, ``TypeError`` for arguments that the pipeline does not take.
+    or seeds, for unknown methods and for a pipeline with a method attached, ``TypeError`` for arguments that the
+    pipeline does not take, and ``UnsupportedModelError`` for models of no known family.
     """
     pairs = [Pair(prompt, seed) for prompt, seed in product(_several(prompts), seeds)]
     chosen = [get(method) if isinstance(method, str) else method for method in _several(methods)]
     if not pairs or not chosen or not all(pair.prompt.strip() for pair in pairs):
         raise ValueError("a comparison needs at least one prompt that is not empty, one method and one seed")
     check_arguments(pipe, call_arguments)
+    _check_plain(pipe)
     probe = DecayProbe()
     schedules = [schedule] * len(chosen) if isinstance(schedule, Schedule | None) else list(schedule)
     sparse = [_Way(*way, kernel) for way in zip(_labels(chosen), chosen, schedules, strict=True)]
@@ -183,7 +185,7 @@ def _as_float(generation: Generation) -> Tensor:
 
 
 def _dense_arm(outcomes: list[_Outcome], probed: list[_Outcome]) -> Arm:
-    return Arm(**_shared("dense", outcomes), **_times(_reports(probed)))
+    return Arm(**_shared("dense", outcomes), **_times(probed))
 
 
 def _method_arm(way: _Way, outcomes: list[_Outcome]) -> MethodArm:
@@ -194,7 +196,7 @@ def _method_arm(way: _Way, outcomes: list[_Outcome]) -> MethodArm:
     sparse = [[call.kernel for call in report.calls if call.reason is None] for report in reports]
     return MethodArm(
         **_shared(way.label, outcomes),
-        **_times(reports),
+        **_times(outcomes),
         method=way.method.name,
         settings=way.method.settings(),
         schedule=dataclasses.asdict(reports[-1].schedule),
@@ -223,10 +225,14 @@ def _shared(label: str, outcomes: list[_Outcome]) -> dict[str, Any]:
     }
 
 
-def _times(reports: Sequence[Report]) -> dict[str, Any]:
+def _times(outcomes: list[_Outcome]) -> dict[str, Any]:
+    """Seconds of the same runs, so that a machine's bad moment does not change their ratios."""
+    reports = _reports(outcomes)
+    planning = fmean(report.plan_seconds for report in reports)
     return {
+        "call_seconds": fmean(outcome.seconds for outcome in outcomes) - planning,
         "attention_seconds": fmean(report.attention_seconds or 0.0 for report in reports),
-        "forward_seconds": fmean((report.forward_seconds or 0.0) - report.plan_seconds for report in reports),
+        "forward_seconds": fmean(report.forward_seconds or 0.0 for report in reports) - planning,
     }
 
 
@@ -235,6 +241,15 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     for one in counts:
         total.update(one)
     return dict(total.most_common())
+
+
+def _check_plain(pipe: Any) -> None:
+    """Dense must be dense: raise ``ValueError`` when a method is attached already."""
+    try:
+        api.report(pipe)
+    except api.NotEnabledError:
+        return
+    raise ValueError("falloff is enabled on this pipeline already; call falloff.disable(pipe) before comparing")
 
 
 def _labels(methods: Sequence[Method]) -> list[str]:

@@ -164,5 +164,5 @@ def _memory(arm: Arm) -> str:
 
 def _memory_meaning(comparison: Comparison) -> str:
     if comparison.machine.get("device") == "cpu":
-        return "How far the process's resident memory rose during a run; highest over pairs."
-    return "What torch had allocated on the device at most; highest over pairs."
+        return "Of the whole process, the weights included; highest over pairs."
+    return "What torch had allocated on the device at most, the weights included; highest over pairs."

@@ -47,16 +47,17 @@ class Stage:
     meals: tuple[Meal, ...]
 
 
-SHAPES = Meal(SMALL, 3, 16)  # six times as many digits per second as a full canvas gives
+# Shapes are learnt six times as fast on the small canvas, and where to put them five times as fast on one frame.
+SHAPES, PLACES = Meal(SMALL, 3, 16), Meal(FULL, 1, 16)
 STAGES = (
-    Stage(0.55, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 4))),
-    Stage(0.70, (SHAPES, Meal(FULL, 3, 6))),
-    Stage(0.82, (SHAPES, Meal(FULL, 3, 4), Meal(FULL, 5, 4))),
-    Stage(0.91, (Meal(FULL, 3, 4), Meal(LONG, 9, 2))),
+    Stage(0.57, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 4))),
+    Stage(0.73, (PLACES, PLACES, Meal(FULL, 3, 6))),
+    Stage(0.85, (PLACES, Meal(FULL, 3, 6), Meal(FULL, 5, 3))),
+    Stage(0.93, (Meal(FULL, 3, 6), Meal(LONG, 9, 2))),
     Stage(1.0, (Meal(FULL, 5, 2), Meal(LONG, 17, 1))),
 )
 NO_CAPTION = 0.1  # the share of clips trained without their caption, for guidance
-SHIFT = 3.0
+SHIFT = 5.0
 
 
 def build_transformer() -> WanTransformer3DModel:
