@@ -31,7 +31,7 @@ def save(vae: AutoencoderKLWan, model: Model, folder: Path) -> None:
         text_encoder=model.text_encoder.eval(),
         vae=vae.eval().half(),
         scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, num_train_timesteps=1000
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
         ),
         transformer=model.transformer.eval().half(),
     )

@@ -47,7 +47,7 @@ class Stage:
     meals: tuple[Meal, ...]
 
 
-# Shapes are learnt six times as fast on the small canvas, and where to put them five times as fast on one frame.
+# Shapes are learnt six times as fast on the small canvas, and places five times as fast on one frame.
 SHAPES, PLACES = Meal(SMALL, 3, 16), Meal(FULL, 1, 16)
 STAGES = (
     Stage(0.57, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 4))),
