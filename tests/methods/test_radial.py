@@ -93,6 +93,13 @@ def test_published_frame_drop() -> None:
     assert reference(1.0, 32).widths(sequence(40, 96)) == [96] + [None] * 39
 
 
+def test_scaled_frame_drop_keeps_every_block_over_width() -> None:
+    widths = Radial(block=64, decay=0.2).widths(sequence(21, 256))
+    kept = [d for d, width in enumerate(widths) if width is not None]
+    base = {d: 0.2 * 512 / 2 ** d.bit_length() for d in range(2, 21)}
+    assert kept == [0, 1, *(d for d in base if base[d] >= 64 or d % int(64 / base[d]) == 0)] == [0, 1, 2, 5, 10, 20]
+
+
 def test_shrink_rule_has_a_closed_form_when_frames_are_aligned() -> None:
     for width in range(21, 769):
         cells = reference_cells(width, 0, 0, tokens=16 * 128, block=128)

@@ -128,7 +128,7 @@ class Radial(Method):
         width, threshold = (base * self.decay, block) if self.frame_drop == "block" else (base, PUBLISHED_THRESHOLD)
         if width >= threshold:
             return False
-        if width * distance < threshold:  # also where width is 0 or too small to divide by
+        if width * (distance + 1) <= threshold:  # its turn would come later; also where width is about 0
             return True
         return distance % int(threshold / width) != 0
 
