@@ -1,8 +1,9 @@
 """Sparse attention kernels against dense attention, interleaved in one process.
 
-    python benchmarks/attention.py --threads 2 --output benchmarks/results/attention.json
+    python benchmarks/attention.py --threads 2 --output benchmarks/results/attention-cpu.json
 
-Each row is a shape and a random block map with its diagonal on. Speed-up is over the fastest dense arm of the same
+Each row is a shape and a block map: a random one with its diagonal on, or Radial Attention's on frames of 16 x 16
+tokens. Speed-up is over the fastest dense arm of the same
 dtype; efficiency is speed-up times density, 1 being ideal. Times are medians of interleaved rounds.
 """
 
@@ -10,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -19,19 +18,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from falloff.evaluation import files
+from falloff.evaluation.machine import describe, versions
+from falloff.geometry import Grid, Sequence
 from falloff.kernels import available, choose, run
 from falloff.kernels.errors import UnsupportedError
 from falloff.kernels.launch import build
+from falloff.methods import Call, Radial, State
 from falloff.plan import BlockMap, Plan, dense_plan
 
 Arm = Callable[[], Tensor]
 SAMPLED_ROWS = 64
-SPARSE = ("cpu", "cpu-tile")  # the reference needs a full mask
+SPARSE = {"float32": ("cpu",), "bfloat16": ("cpu", "cpu-tile")}  # the reference needs a full mask
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,17 @@ class Row:
     head_dim: int
     tokens: int
     block: int
-    density: float
+    density: float | None
+    """Of a random map; ``None``: Radial Attention's own."""
     dtype: str
-    shared: bool = False
 
 
 ROWS = (
     Row(4, 64, 8192, 128, 0.26, "float32"),
     Row(4, 64, 8192, 128, 0.26, "bfloat16"),
-    *(
-        Row(4, 32, tokens, block, density, "float32", shared)
-        for tokens in (4352, 16640)
-        for block in (64, 128)
-        for density, shared in ((0.25, False), (0.35, True))
-    ),
+    Row(4, 32, 4352, 64, 0.26, "float32"),
+    Row(4, 32, 4352, 64, None, "float32"),
+    Row(4, 32, 16640, 64, None, "float32"),
 )
 
 
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--row", action="append", metavar="H,D,N,BLOCK,DENSITY,DTYPE[,shared]", help="measure this instead; repeatable"
+        "--row", action="append", metavar="H,D,N,BLOCK,DENSITY|radial,DTYPE", help="measure this instead; repeatable"
     )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -73,27 +72,33 @@ def main() -> None:
         results.append(asdict(row) | measure_row(row, given.rounds, given.threads))
         print(json.dumps(results[-1]), flush=True)
     if given.output:
-        write(given.output, {"machine": machine(given.threads), "rows": results})
+        result = {
+            "command": "python " + " ".join(sys.argv),
+            "machine": describe(torch.device("cpu")),
+            "versions": versions(),
+            "kernels": available(),
+            "rows": results,
+        }
+        files.write(given.output, json.dumps(result, indent=1) + "\n")
 
 
 def parse_row(text: str) -> Row:
-    heads, head_dim, tokens, block, density, dtype, *rest = text.split(",")
-    if rest not in ([], ["shared"]):
-        raise SystemExit(f"a row ends in its dtype or in 'shared', got {text!r}")
-    return Row(int(heads), int(head_dim), int(tokens), int(block), float(density), dtype, bool(rest))
+    heads, head_dim, tokens, block, density, dtype = text.split(",")
+    share = None if density == "radial" else float(density)
+    return Row(int(heads), int(head_dim), int(tokens), int(block), share, dtype)
 
 
 def measure_row(row: Row, rounds: int, threads: int) -> dict[str, object]:
     """All arms of one row: dense, then every kernel that can run, with the reason for those that cannot."""
     generator = torch.Generator().manual_seed(0)
-    plan = random_plan(row, generator)
+    plan = radial_plan(row) if row.density is None else random_plan(row, row.density, generator)
     shape = (1, row.heads, row.tokens, row.head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(getattr(torch, row.dtype)) for _ in range(3))
     dense = {"sdpa": lambda: F.scaled_dot_product_attention(q, k, v)}
     sparse: dict[str, Arm] = {}
     empty: dict[str, str] = {}
     everything = dense_plan(row.tokens, row.tokens)
-    for name in SPARSE:
+    for name in SPARSE[row.dtype]:
         try:
             choose(plan, q, impl=name, needs_lse=False)
         except UnsupportedError as reason:
@@ -136,14 +141,23 @@ def arm_result(
     return result
 
 
-def random_plan(row: Row, generator: torch.Generator) -> Plan:
+def random_plan(row: Row, density: float, generator: torch.Generator) -> Plan:
+    """A map for each head."""
     blocks = -(-row.tokens // row.block)
-    shape = (1 if row.shared else row.heads, blocks, blocks)
-    density = (row.density * blocks - 1) / (blocks - 1)  # what is left of it beside the diagonal
-    chosen = torch.rand(shape, generator=generator) < density
+    beside_diagonal = (density * blocks - 1) / (blocks - 1)
+    chosen = torch.rand((row.heads, blocks, blocks), generator=generator) < beside_diagonal
     chosen |= torch.eye(blocks, dtype=torch.bool)
     size = row.block
     return Plan(q_len=row.tokens, kv_len=row.tokens, q_sizes=size, kv_sizes=size, blocks=BlockMap.from_dense(chosen))
+
+
+def radial_plan(row: Row) -> Plan:
+    """One map for all heads."""
+    empty = torch.empty(0)
+    sequence = Sequence(Grid(row.tokens // 256, 16, 16))
+    plan = Radial(block=row.block).plan(Call(sequence=sequence), empty, empty, empty, State())
+    assert isinstance(plan, Plan)
+    return plan
 
 
 def plan_pairs(plan: Plan, heads: int) -> int:
@@ -183,37 +197,6 @@ def sampled_error(out: Tensor, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> f
     scores = q[0, :, rows].float() @ k[0].float().mT * q.shape[-1] ** -0.5
     expected = scores.masked_fill(~kept, -torch.inf).softmax(-1) @ v[0].float()
     return float((out[0, :, rows].float() - expected).norm() / expected.norm())
-
-
-def machine(threads: int) -> dict[str, object]:
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "kernels": available(),
-        "load_average": os.getloadavg(),
-        "command": ["python", *sys.argv],
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def write(path: Path, result: dict[str, object]) -> None:
-    """Write beside, then rename, so that no half-written file is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    beside.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write the README's tables from the committed results; ``--check`` only tells whether they are up to date.
 
-    python benchmarks/figures.py
+python benchmarks/figures.py
 """
 
 from __future__ import annotations
@@ -77,7 +77,18 @@ def decibels(values: list[float | str]) -> str:
 def attention_figures() -> str:
     path = RESULTS / "attention-cpu.json"
     result = json.loads(path.read_text())
-    raise SystemExit(str(result))
+    rows = []
+    for row in result["rows"]:
+        shape = f"{row['heads']} heads x {row['head_dim']}, {row['tokens']:,} tokens, blocks of {row['block']}"
+        kind = "Radial map" if row["density"] is None else "random maps"
+        start = [f"{shape}, {kind}, {row['dtype']}", f"{row['actual_density']:.1%}"]
+        for name, arm in row["arms"].items():
+            if "efficiency" in arm:
+                rows.append([*start, name, f"{arm['speedup']:.2f}x", f"{arm['efficiency']:.2f}"])
+        rows += [[*start, name, "", ""] for name in row["empty"]]
+    reasons = {f"{name}: {reason}." for row in result["rows"] for name, reason in row["empty"].items()}
+    head = ["attention", "density", "kernel", "speed-up", "efficiency"]
+    return "\n\n".join([table(head, rows), *sorted(reasons), source(result, path)])
 
 
 FIGURES: dict[str, Callable[[], str]] = {

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+from falloff.evaluation import files
 from falloff.evaluation.machine import describe, versions
 from falloff.geometry import Grid, Sequence
 from falloff.methods import Call, Radial, State
@@ -78,8 +79,7 @@ def main() -> None:
         "versions": versions(),
         "rows": rows,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    files.write(arguments.output, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

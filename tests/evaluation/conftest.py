@@ -33,6 +33,7 @@ def method_arm(label: str, seconds: float, psnr: float, shift: float) -> MethodA
         ssim=[0.93, 0.91],
         attention_seconds=2.1,
         forward_seconds=5.2,
+        call_seconds=5.7,
         videos=[clip(shift), clip(2 * shift)],
         method="radial",
         settings={"decay": 0.2, "block": "auto"},
@@ -64,6 +65,7 @@ def comparison() -> Comparison:
             ssim=[1.0, 1.0],
             attention_seconds=4.4,
             forward_seconds=7.1,
+            call_seconds=8.1,
             videos=[clip(0), clip(0)],
         ),
         methods=[

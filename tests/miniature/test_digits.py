@@ -55,9 +55,10 @@ def test_two_digits_start_apart() -> None:
 
 def test_scans_are_split() -> None:
     for digit in range(10):
-        training, held = digits.scans_of(digit, False), digits.scans_of(digit, True)
+        training, held = digits.training_scans(digit), digits.held_out_scans(digit)
         assert held
         assert not set(training) & set(held)
+        assert set(digits.typical_scans(digit)) < set(training)
         assert all(digits.scans()[1][i] == digit for i in held)
 
 

@@ -25,6 +25,7 @@ from falloff.evaluation.video import encode
 from falloff.methods import get
 from falloff.methods.base import Method
 from falloff.schedule import Schedule
+from falloff.session import Report
 
 WARM_UP_STEPS = 2
 NO_DENSE = Schedule(dense_first=0, dense_last=0, dense_layers=())
@@ -65,7 +66,7 @@ class _Outcome:
     psnr: float
     ssim: float
     video: bytes
-    report: Any
+    report: Report | None
 
 
 def compare(
@@ -74,7 +75,7 @@ def compare(
     methods: str | Method | Iterable[str | Method],
     *,
     seeds: Iterable[int] = (0,),
-    schedule: Schedule | None = None,
+    schedule: Schedule | Sequence[Schedule] | None = None,
     kernel: str = "auto",
     progress: Callable[[Progress], None] | None = None,
     fps: float = 16,
@@ -85,19 +86,22 @@ def compare(
     Each pair of prompt and seed is run plainly dense (the time of reference), by each method, and dense once more
     with a probe on its attention: the two dense videos give the noise floor, the probe attention's share of the
     time and its decay with distance. The order rotates from pair to pair, so that a machine that warms up or slows
-    down favours none; short runs of each come first and are not counted. ``schedule`` stands in for each method's
-    own. ``call_arguments`` go to the pipeline as they are.
+    down favours none; short runs of each come first and are not counted. ``schedule``, one for all
+    methods or one for each, stands in for their own. ``call_arguments`` go to the pipeline as they are.
 
     The pipeline is left as it was, also on an error or an interrupt. Raises ``ValueError`` for no prompts, methods
-    or seeds and for unknown methods, ``TypeError`` for arguments that the pipeline does not take.
+    or seeds, for unknown methods and for a pipeline with a method attached, ``TypeError`` for arguments that the
+    pipeline does not take, and ``UnsupportedModelError`` for models of no known family.
     """
     pairs = [Pair(prompt, seed) for prompt, seed in product(_several(prompts), seeds)]
     chosen = [get(method) if isinstance(method, str) else method for method in _several(methods)]
     if not pairs or not chosen or not all(pair.prompt.strip() for pair in pairs):
         raise ValueError("a comparison needs at least one prompt that is not empty, one method and one seed")
     check_arguments(pipe, call_arguments)
+    _check_plain(pipe)
     probe = DecayProbe()
-    sparse = [_Way(label, method, schedule, kernel) for label, method in zip(_labels(chosen), chosen, strict=True)]
+    schedules = [schedule] * len(chosen) if isinstance(schedule, Schedule | None) else list(schedule)
+    sparse = [_Way(*way, kernel) for way in zip(_labels(chosen), chosen, schedules, strict=True)]
     ways = [_Way("dense", None), *sparse, _Way("dense again", probe)]
 
     told = _Told(
@@ -149,7 +153,7 @@ def _run_pair(
 ) -> list[_Outcome]:
     """Every way once, starting with another one for every pair; outcomes in the order of ``ways``."""
     pair = pairs[number]
-    done: dict[int, tuple[Generation, Any]] = {}
+    done: dict[int, tuple[Generation, Report | None]] = {}
     for place in range(len(ways)):
         index = (number + place) % len(ways)
         way = ways[index]
@@ -181,27 +185,33 @@ def _as_float(generation: Generation) -> Tensor:
 
 
 def _dense_arm(outcomes: list[_Outcome], probed: list[_Outcome]) -> Arm:
-    return Arm(**_shared("dense", outcomes), **_times([outcome.report for outcome in probed]))
+    return Arm(**_shared("dense", outcomes), **_times(probed))
 
 
 def _method_arm(way: _Way, outcomes: list[_Outcome]) -> MethodArm:
     assert way.method is not None
-    reports = [outcome.report for outcome in outcomes]
+    reports = _reports(outcomes)
     plan = reports[-1].plan
+    densities = [report.density for report in reports if report.density is not None]
+    sparse = [[call.kernel for call in report.calls if call.reason is None] for report in reports]
     return MethodArm(
         **_shared(way.label, outcomes),
-        **_times(reports),
+        **_times(outcomes),
         method=way.method.name,
         settings=way.method.settings(),
         schedule=dataclasses.asdict(reports[-1].schedule),
-        density=fmean(report.density for report in reports),
-        effective_density=fmean(report.effective_density for report in reports),
+        density=fmean(densities) if densities else None,
+        effective_density=fmean(report.effective_density or 1.0 for report in reports),
         plan_seconds=fmean(report.plan_seconds for report in reports),
-        kernel=reports[-1].choice,
-        kernels=_summed(report.kernels for report in reports),
+        kernel=str(reports[-1].choice or ""),
+        kernels=_summed(Counter(names) for names in sparse),
         reasons=_summed(report.reasons for report in reports),
         block_map=None if plan is None else plan.blocks.picture(MAP_PIXELS),
     )
+
+
+def _reports(outcomes: list[_Outcome]) -> list[Report]:
+    return [outcome.report for outcome in outcomes if outcome.report is not None]
 
 
 def _shared(label: str, outcomes: list[_Outcome]) -> dict[str, Any]:
@@ -215,10 +225,14 @@ def _shared(label: str, outcomes: list[_Outcome]) -> dict[str, Any]:
     }
 
 
-def _times(reports: Sequence[Any]) -> dict[str, Any]:
+def _times(outcomes: list[_Outcome]) -> dict[str, Any]:
+    """Seconds of the same runs, so that a machine's bad moment does not change their ratios."""
+    reports = _reports(outcomes)
+    planning = fmean(report.plan_seconds for report in reports)
     return {
-        "attention_seconds": fmean(report.attention_seconds for report in reports),
-        "forward_seconds": fmean(report.forward_seconds - report.plan_seconds for report in reports),
+        "call_seconds": fmean(outcome.seconds for outcome in outcomes) - planning,
+        "attention_seconds": fmean(report.attention_seconds or 0.0 for report in reports),
+        "forward_seconds": fmean(report.forward_seconds or 0.0 for report in reports) - planning,
     }
 
 
@@ -227,6 +241,15 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     for one in counts:
         total.update(one)
     return dict(total.most_common())
+
+
+def _check_plain(pipe: Any) -> None:
+    """Dense must be dense: raise ``ValueError`` when a method is attached already."""
+    try:
+        api.report(pipe)
+    except api.NotEnabledError:
+        return
+    raise ValueError("falloff is enabled on this pipeline already; call falloff.disable(pipe) before comparing")
 
 
 def _labels(methods: Sequence[Method]) -> list[str]:
@@ -240,14 +263,15 @@ def _labels(methods: Sequence[Method]) -> list[str]:
     for method in methods:
         rivals = [other.settings() for other in methods if other.name == method.name]
         differing = [key for key in rivals[0] if len({str(settings[key]) for settings in rivals}) > 1]
-        labels.append(" ".join([method.name, *(f"{key}={method.settings()[key]}" for key in differing)]))
+        name = "dense method" if method.name == "dense" else method.name  # plain dense has that name already
+        labels.append(" ".join([name, *(f"{key}={method.settings()[key]}" for key in differing)]))
     return labels
 
 
 def _command(
     pairs: Sequence[Pair],
     methods: Sequence[Method],
-    schedule: Schedule | None,
+    schedule: Schedule | Sequence[Schedule] | None,
     kernel: str,
     fps: float,
     call_arguments: dict[str, Any],

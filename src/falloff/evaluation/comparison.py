@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Arm:
     """Inside self-attention, mean of a run."""
     forward_seconds: float
     """Inside the transformer, mean of a run, the time that making plans took left out."""
+    call_seconds: float
+    """The whole of those runs, mean, the time that making plans took left out."""
     videos: list[bytes] = dataclasses.field(repr=False)
     """mp4 files."""
 
@@ -51,15 +53,16 @@ class MethodArm(Arm):
     method: str
     settings: dict[str, Any]
     schedule: dict[str, Any]
-    density: float
-    """Of the sparse calls; text included."""
+    density: float | None
+    """Of the sparse calls; text included. ``None`` when every call was dense."""
     effective_density: float
     """Of all calls, the dense ones counted as 1."""
     plan_seconds: float
     """Mean of a run."""
     kernel: str
+    """The choice of the last sparse call, and why not another."""
     kernels: dict[str, int]
-    """Calls by kernel, all runs together."""
+    """Sparse calls by kernel, all runs together."""
     reasons: dict[str, int]
     """Dense calls by reason, all runs together."""
     block_map: NDArray[np.uint8] | None = dataclasses.field(repr=False)
@@ -87,7 +90,7 @@ class Comparison:
     @property
     def attention_share_of_run(self) -> float:
         """Dense self-attention's share of the whole dense call, text encoder and autoencoder included, 0 to 1."""
-        return min(1.0, self.dense.attention_seconds / fmean(self.dense.seconds))
+        return min(1.0, self.dense.attention_seconds / self.dense.call_seconds)
 
     def speedups(self, arm: Arm) -> list[float]:
         """Dense time / the arm's, pair by pair."""

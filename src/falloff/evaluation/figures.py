@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 def columns(comparison: Comparison) -> list[str]:
     """Heads of the table's columns of figures."""
-    return ["dense", *(_column(arm) for arm in comparison.methods)]
+    return ["dense", *(arm.label for arm in comparison.methods)]
 
 
 def rows(comparison: Comparison) -> list[Row]:
@@ -117,7 +117,9 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
 
 
-def percent(share: float) -> str:
+def percent(share: float | None) -> str:
+    if share is None:
+        return NONE
     return f"{100 * share:.1f}%" if 0 < share < 0.995 else f"{100 * share:.0f}%"
 
 
@@ -155,10 +157,6 @@ def _speedup(comparison: Comparison, arm: Arm) -> str:
     return middle if len(each) < 2 else f"{middle} ({min(each):.2f} to {max(each):.2f})"
 
 
-def _column(arm: Arm) -> str:
-    return "dense method" if arm.label == "dense" else arm.label
-
-
 def _memory(arm: Arm) -> str:
     known = [value for value in arm.peak_bytes if value is not None]
     return f"{max(known) / 2**20:.0f} MiB" if known else NONE
@@ -166,5 +164,5 @@ def _memory(arm: Arm) -> str:
 
 def _memory_meaning(comparison: Comparison) -> str:
     if comparison.machine.get("device") == "cpu":
-        return "How far the process's resident memory rose during a run; highest over pairs."
-    return "What torch had allocated on the device at most; highest over pairs."
+        return "Of the whole process, the weights included; highest over pairs."
+    return "What torch had allocated on the device at most, the weights included; highest over pairs."

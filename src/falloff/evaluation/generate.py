@@ -26,7 +26,7 @@ class NotFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Generation:
-    """A video uint8 [F, H, W, 3], the seconds its call took, and the memory it came to need, in bytes."""
+    """A video uint8 [F, H, W, 3], the seconds its call took, and the most memory in use meanwhile, in bytes."""
 
     frames_FHWC: Frames
     seconds: float

@@ -43,10 +43,10 @@ def synchronize(device: torch.device) -> None:
 
 
 class PeakMemory:
-    """Peak memory from construction to ``read``.
+    """Peak memory from construction to ``read``, the weights included.
 
-    On CUDA what torch had allocated at most; elsewhere how far the process's resident memory rose, which is
-    unknown (``None``) where the operating system does not tell.
+    On CUDA what torch had allocated at most; elsewhere the process's resident memory, which is unknown (``None``)
+    where the operating system does not tell.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,14 +54,12 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         _restart_resident_peak()
-        self._before = _resident_peak()
 
     def read(self) -> int | None:
         """Bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        after = _resident_peak()
-        return None if after is None or self._before is None else after - self._before
+        return _resident_peak()
 
 
 def _resident_peak() -> int | None:
@@ -74,7 +72,7 @@ def _resident_peak() -> int | None:
 
 
 def _restart_resident_peak() -> None:
-    """Linux alone forgets a former peak on request; elsewhere only growth above all former peaks is seen."""
+    """Linux alone forgets a former peak on request; elsewhere it is the peak of the process so far."""
     control = Path("/proc/self/clear_refs")
     if sys.platform == "linux" and os.access(control, os.W_OK):
         control.write_text("5")

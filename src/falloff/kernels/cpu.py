@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falloff.kernels.launch import Chunk, Launch, launch
+from falloff.kernels.merge import merge
 from falloff.kernels.units import from_units, to_units
 from falloff.plan import Plan
 
@@ -72,7 +73,7 @@ def split(chunks: list[Chunk], fit: Fit) -> Iterator[Chunk]:
     for chunk in chunks:
         calls = -(-len(chunk.q_units) // max(1, fit(chunk)))
         for q_units, k_units in zip(chunk.q_units.chunk(calls), chunk.k_units.chunk(calls), strict=True):
-            yield Chunk(q_units, k_units, chunk.keys)
+            yield chunk._replace(q_units=q_units, k_units=k_units)
 
 
 def over_chunks(
@@ -81,11 +82,16 @@ def over_chunks(
     """Units of out and LSE from units of q, k, v, by an inner attention over gathered rows."""
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for q_units, k_units, keys in split(lists.chunks, fit):
+    for q_units, k_units, keys, more in split(lists.chunks, fit):
+        index = q_units.flatten()
         k_rows, v_rows = (gather(x, k_units)[:, :keys] for x in (k, v))
-        out_rows, lse_rows = inner(gather(q, q_units), k_rows, v_rows, scale)
-        out.index_copy_(0, q_units.flatten(), out_rows.reshape(-1, *q.shape[1:]))
-        lse.index_copy_(0, q_units.flatten(), lse_rows.reshape(-1, q.shape[1]))
+        answer = inner(gather(q, q_units), k_rows, v_rows, scale)
+        out_units, lse_units = answer[0].reshape(-1, *q.shape[1:]), answer[1].reshape(-1, q.shape[1])
+        if more:
+            before = out.index_select(0, index), lse.index_select(0, index)
+            out_units, lse_units = merge(before, (out_units, lse_units))
+        out.index_copy_(0, index, out_units)
+        lse.index_copy_(0, index, lse_units.to(lse.dtype))
     return out, lse
 
 
@@ -134,12 +140,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of units when only the output has one, by the operator's own backward."""
     d_q, d_k, d_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
-    for q_units, k_units, keys in split(lists.chunks, _fit_gathered(k)):
+    for q_units, k_units, keys, _ in split(lists.chunks, _fit_gathered(k)):
         k_rows, v_rows = (gather(x, k_units)[:, None, :keys] for x in (k, v))
         q_rows, out_rows, d_out_rows = (gather(x, q_units)[:, None] for x in (q, out, d_out))
         lse_rows = lse[q_units].flatten(1)[:, None]
         grads = _flash_backward(d_out_rows, q_rows, k_rows, v_rows, out_rows, lse_rows, 0.0, False, scale=scale)
-        d_q.index_copy_(0, q_units.flatten(), grads[0].reshape(-1, *q.shape[1:]).to(d_q.dtype))
+        d_q.index_add_(0, q_units.flatten(), grads[0].reshape(-1, *q.shape[1:]).to(d_q.dtype))
         _add_rows(d_k, k_units, grads[1][:, 0])
         _add_rows(d_v, k_units, grads[2][:, 0])
     return d_q, d_k, d_v
@@ -162,13 +168,13 @@ def _backward_with_lse(
     """
     d_q, d_k, d_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
     shift = (d_out.to(lse.dtype) * out).sum(-1) - d_lse
-    for q_units, k_units, keys in split(lists.chunks, fit_scores(lists.q_unit)):
+    for q_units, k_units, keys, _ in split(lists.chunks, fit_scores(lists.q_unit)):
         k_rows, v_rows = (gather(x, k_units)[:, :keys].to(lse.dtype) for x in (k, v))
         q_rows, d_out_rows = (gather(x, q_units).to(lse.dtype) for x in (q, d_out))
         lse_rows, shift_rows = (x[q_units].flatten(1)[..., None] for x in (lse, shift))
         p = torch.exp(scale * (q_rows @ k_rows.mT) - lse_rows)
         d_s = scale * p * (d_out_rows @ v_rows.mT - shift_rows)
-        d_q.index_copy_(0, q_units.flatten(), (d_s @ k_rows).view(-1, *q.shape[1:]))
+        d_q.index_add_(0, q_units.flatten(), (d_s @ k_rows).view(-1, *q.shape[1:]))
         _add_rows(d_k, k_units, d_s.mT @ q_rows)
         _add_rows(d_v, k_units, p.mT @ d_out_rows)
     return d_q, d_k, d_v

@@ -2,7 +2,9 @@
 
 Tokens are gathered in *units*: whole blocks where blocks are uniform, single tokens where sizes vary or keys are
 dropped. Query blocks of one head with the same key list are joined, because the operator is faster on longer query
-tiles; joined rows with equally long lists form a chunk, so that nothing in a call needs padding or a mask.
+tiles; joined rows with equally long lists form a chunk, so that nothing in a call needs padding or a mask. Where
+neighbouring query blocks share most of their keys, as in static maps, the shared keys and the rest are two lists each,
+merged afterwards.
 """
 
 from __future__ import annotations
@@ -19,19 +21,23 @@ from falloff.geometry import inverse
 from falloff.plan import Plan, Sizes
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 JOINED_TOKENS = 1024  # the operator's efficiency no longer rises beyond this many queries
+SHARING_TOKENS = 256  # neighbours that may share a list: enough for the operator's longer query tile
 
 
 class Chunk(NamedTuple):
     """Rows of equal shape: units of queries [rows, n] and of keys [rows, m], of whose tokens ``keys`` count.
 
-    A ragged last block is always last in its row, so that cutting at ``keys`` tokens drops just its padding.
+    A ragged last block is always last in its row, so that cutting at ``keys`` tokens drops just its padding. A
+    chunk with ``merge`` adds keys to queries that chunks before it have answered.
     """
 
     q_units: Tensor
     k_units: Tensor
     keys: int
+    merge: bool
 
 
 class Order(NamedTuple):
@@ -69,17 +75,35 @@ def build(plan: Plan, batch: int, heads: int, key_valid_BN: Tensor | None = None
     maps = (batch if key_valid_BN is not None else plan.blocks.shape[0], plan.blocks.shape[1])
     q_side = _side(plan.q_len, plan.q_sizes, maps)
     k_side = _side(plan.kv_len, plan.kv_sizes, maps, by_token=key_valid_BN is not None)
-    rows = _rows(plan, maps[0], q_side, k_side)
-    lists = _lists(rows, q_side, k_side)
-    if key_valid_BN is not None:
-        lists = _drop(lists, _in_plan_order(key_valid_BN, plan.kv_order, maps))
+    valid = None if key_valid_BN is None else _in_plan_order(key_valid_BN, plan.kv_order, maps)
+    blocks = plan.blocks.dense().expand(maps[0], -1, -1, -1).flatten(0, 1).numpy()
+    chunks: list[Chunk] = []
+    for number, part in enumerate(_parts(blocks, max(1, SHARING_TOKENS * blocks.shape[1] // plan.q_len))):
+        lists = _lists(_rows(part, q_side, k_side, plan.q_len), q_side, k_side)
+        if valid is not None:
+            lists = _drop(lists, valid)
+        chunks += _chunks(lists, _copies(maps, batch, heads), q_side.units, k_side.units, merge=number > 0)
     return Launch(
         q_side.unit,
         k_side.unit,
         _flat_order(plan.q_order, batch, heads, plan.q_len),
         _flat_order(plan.kv_order, batch, heads, plan.kv_len),
-        _chunks(lists, _copies(maps, batch, heads), q_side.units, k_side.units),
+        chunks,
     )
+
+
+def _parts(blocks: Bools, group: int) -> list[Bools]:
+    """Disjoint maps that make up ``blocks`` [maps, Tq, Tk]: what every group of rows has in common, and the rest.
+
+    One map alone unless at least half of its pairs are shared: merging two answers costs time too.
+    """
+    maps, rows, columns = blocks.shape
+    whole = np.pad(blocks, ((0, 0), (0, -rows % group), (0, 0)), constant_values=True)
+    shared = whole.reshape(maps, -1, group, columns).all(2).repeat(group, 1)[:, :rows]
+    common = int(shared.sum())
+    if common == (total := int(blocks.sum())) or 2 * common < total:
+        return [blocks]
+    return [shared, blocks & ~shared]
 
 
 class _Side(NamedTuple):
@@ -130,9 +154,8 @@ def _side(length: int, sizes: Sizes, maps: tuple[int, int], by_token: bool = Fal
     return _Side(1, length, tokens.cumsum(1) - tokens, tokens, tokens)
 
 
-def _rows(plan: Plan, batch_maps: int, q_side: _Side, k_side: _Side) -> _Rows:
-    """Sort the map's rows so that those of one head with equal key lists are neighbours, and cut them into pieces."""
-    blocks = plan.blocks.dense().expand(batch_maps, -1, -1, -1).flatten(0, 1).numpy()
+def _rows(blocks: Bools, q_side: _Side, k_side: _Side, q_len: int) -> _Rows:
+    """Sort a map's rows so that those of one head with equal key lists are neighbours, and cut them into pieces."""
     seen = np.matmul(blocks.astype(np.float64), k_side.tokens[:, :, None].astype(np.float64))[:, :, 0]
     map_id, q_block = np.nonzero((seen > 0) & (q_side.tokens > 0))
     listed = blocks[map_id, q_block]
@@ -141,7 +164,7 @@ def _rows(plan: Plan, batch_maps: int, q_side: _Side, k_side: _Side) -> _Rows:
     same_list = np.unique(keys, return_inverse=True)[1].reshape(-1)
     group = map_id * (len(same_list) + 1) + same_list
     by_group = np.argsort(group, kind="stable")
-    joined = max(1, JOINED_TOKENS * blocks.shape[1] // plan.q_len)
+    joined = max(1, JOINED_TOKENS * blocks.shape[1] // q_len)
     pieces = _cut(group[by_group], joined)
     piece_of, k_block = np.nonzero(listed[by_group[pieces]])
     k_count = np.bincount(piece_of, minlength=len(pieces))
@@ -174,7 +197,7 @@ def _lists(rows: _Rows, q_side: _Side, k_side: _Side) -> _Lists:
     )
 
 
-def _drop(lists: _Lists, valid: npt.NDArray[np.bool_]) -> _Lists:
+def _drop(lists: _Lists, valid: Bools) -> _Lists:
     """Leave the keys that are not valid [maps, Nkv] out of the lists, whose units are tokens."""
     kept = valid[np.repeat(lists.map_id, lists.k_count), lists.k_units]
     k_count = _sums(kept.astype(np.int64), lists.k_count.cumsum() - lists.k_count)
@@ -189,7 +212,7 @@ def _drop(lists: _Lists, valid: npt.NDArray[np.bool_]) -> _Lists:
     )
 
 
-def _chunks(lists: _Lists, copies: Ints, q_per_head: int, k_per_head: int) -> list[Chunk]:
+def _chunks(lists: _Lists, copies: Ints, q_per_head: int, k_per_head: int, *, merge: bool) -> list[Chunk]:
     """Pieces of equal shape together, once for every (batch entry, head) that shares their map."""
     shape = np.stack([lists.keys, lists.k_count, lists.q_count])
     by_shape = np.lexsort(shape)
@@ -205,7 +228,7 @@ def _chunks(lists: _Lists, copies: Ints, q_per_head: int, k_per_head: int) -> li
         k = lists.k_units[k_start[pieces, None] + np.arange(lists.k_count[first])][:, None] + head * k_per_head
         rows = head.shape[0] * head.shape[1]
         q_units, k_units = (torch.from_numpy(x.reshape(rows, -1)) for x in (q, k))
-        chunks.append(Chunk(q_units, k_units, int(lists.keys[first])))
+        chunks.append(Chunk(q_units, k_units, int(lists.keys[first]), merge))
     return chunks
 
 
@@ -216,7 +239,7 @@ def _copies(maps: tuple[int, int], batch: int, heads: int) -> Ints:
     return copies
 
 
-def _in_plan_order(key_valid_BN: Tensor, order: Tensor | None, maps: tuple[int, int]) -> npt.NDArray[np.bool_]:
+def _in_plan_order(key_valid_BN: Tensor, order: Tensor | None, maps: tuple[int, int]) -> Bools:
     """Which keys are valid, in the plan's order, [maps, Nkv]."""
     valid = key_valid_BN[:, None].expand(*maps, -1)
     if order is not None:

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from falloff.miniature import digits
 from falloff.miniature.muon import optimizers, set_rate
-from falloff.miniature.state import load_state, save_state
+from falloff.miniature.state import load_state, save_state, seeded
 
 SPREAD = 0.1  # the posterior's standard deviation, where latents have about 1
 CANVAS, CROP = 96, 64  # px
@@ -52,7 +52,7 @@ def build() -> AutoencoderKLWan:
 
 def train(folder: Path, seconds: float) -> AutoencoderKLWan:
     """Train for `seconds` in all, resuming from `folder`/autoencoder.pt."""
-    vae = build()
+    vae = seeded(build)
     both = optimizers((p for p in vae.parameters() if p.ndim >= 4 and len(p) > 3), vae, rates=(0.05, 2e-3))
     parts = {"model": vae, **both}
     spent, step = load_state(folder / "autoencoder.pt", parts)
@@ -105,7 +105,7 @@ def _step(
 
 def _crop(rng: np.random.Generator, frames: int) -> digits.Floats:
     text = digits.caption(digits.draw_wishes(rng, int(rng.integers(1, 3))))
-    clip = digits.render(digits.draw_scene(rng, text, CANVAS), frames, CANVAS)
+    clip = digits.render(digits.draw_scene(rng, text, digits.training_scans, CANVAS), frames, CANVAS)
     x, y = rng.integers(0, CANVAS - CROP + 1, size=2)
     return clip[:, y : y + CROP, x : x + CROP]
 
@@ -130,7 +130,7 @@ def held_out_clips(count: int, frames: int) -> list[tuple[str, digits.Floats]]:
     """Captions and full-size clips of held-out captions drawn with held-out scans, always the same ones."""
     rng = np.random.default_rng(3)
     prompts = digits.held_out_prompts(count, seed=3)
-    return [(t, digits.render(digits.draw_scene(rng, t, heldout=True), frames)) for t in prompts]
+    return [(t, digits.render(digits.draw_scene(rng, t, digits.held_out_scans), frames)) for t in prompts]
 
 
 @torch.no_grad()

@@ -11,14 +11,14 @@ from typing import Any
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 from falloff.miniature import text
-from falloff.miniature.transformer import Model
+from falloff.miniature.transformer import SHIFT, Model
 
 GENERATION: dict[str, Any] = {
     "height": 128,
     "width": 128,
     "num_frames": 65,
-    "num_inference_steps": 16,
-    "guidance_scale": 3.0,
+    "num_inference_steps": 12,
+    "guidance_scale": 4.0,
     "max_sequence_length": text.LENGTH,
     "fps": 16,
 }
@@ -31,7 +31,7 @@ def save(vae: AutoencoderKLWan, model: Model, folder: Path) -> None:
         text_encoder=model.text_encoder.eval(),
         vae=vae.eval().half(),
         scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
         ),
         transformer=model.transformer.eval().half(),
     )

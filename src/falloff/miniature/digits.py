@@ -8,7 +8,7 @@ into training and held-out parts, so that a prompt and a handwriting can each be
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,6 +31,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUND = 0.03
 GLYPH = 48  # px: the side of an upscaled scan
+TYPICAL = 12
 HELD_OUT_SHARE = 10  # percent, of scans and of captions
 
 
@@ -48,6 +49,7 @@ class Mover:
 
 
 Scene = tuple[Mover, ...]
+Choice = Callable[[int], tuple[int, ...]]  # which scans to draw a digit from
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,31 @@ def scans() -> tuple[Floats, NDArray[np.int64]]:
 
 
 @cache
-def scans_of(digit: int, heldout: bool) -> tuple[int, ...]:
-    """The indices of the scans of `digit` in the training or the held-out part."""
-    labels = scans()[1]
-    return tuple(int(i) for i in np.flatnonzero(labels == digit) if held_out(f"scan {i}") == heldout)
+def training_scans(digit: int) -> tuple[int, ...]:
+    """The indices of the scans of `digit` that may be trained on."""
+    return tuple(i for i in _scans_of(digit) if not held_out(f"scan {i}"))
+
+
+@cache
+def held_out_scans(digit: int) -> tuple[int, ...]:
+    """The indices of the scans of `digit` that are kept for measuring."""
+    return tuple(i for i in _scans_of(digit) if held_out(f"scan {i}"))
+
+
+def _scans_of(digit: int) -> list[int]:
+    return [int(i) for i in np.flatnonzero(scans()[1] == digit)]
+
+
+@cache
+def typical_scans(digit: int) -> tuple[int, ...]:
+    """The training scans of `digit` nearest to their mean: what the transformer learns to draw.
+
+    A model this small, trained this briefly, draws a few clear handwritings better than a hundred and sixty.
+    """
+    chosen = np.array(training_scans(digit))
+    glyphs = scans()[0][chosen]
+    distances = np.square(glyphs - glyphs.mean(axis=0)).sum(axis=(1, 2))
+    return tuple(int(i) for i in chosen[np.argsort(distances)[:TYPICAL]])
 
 
 def draw_wishes(rng: np.random.Generator, count: int) -> tuple[Wish, ...]:
@@ -132,15 +155,18 @@ def _all_single_captions() -> Iterator[str]:
                 yield caption((Wish(digit, colour, direction),))
 
 
-def draw_scene(rng: np.random.Generator, text: str, size: int = 128, heldout: bool = False) -> Scene:
-    """A scene that fits the caption on a canvas of `size` px: of 16 draws the one that overlaps least."""
+def draw_scene(rng: np.random.Generator, text: str, choose: Choice = typical_scans, size: int = 128) -> Scene:
+    """A scene that fits the caption on a canvas of `size` px: of 16 draws the one that overlaps least.
+
+    `choose` is one of `typical_scans`, `training_scans` and `held_out_scans`.
+    """
     wishes = parse(text)
     count = 16 if len(wishes) > 1 else 1
-    draws = [tuple(_draw_mover(rng, w, size, heldout) for w in wishes) for _ in range(count)]
+    draws = [tuple(_draw_mover(rng, w, choose, size) for w in wishes) for _ in range(count)]
     return min(draws, key=lambda scene: _overlap(scene, size))
 
 
-def _draw_mover(rng: np.random.Generator, wish: Wish, size: int, heldout: bool) -> Mover:
+def _draw_mover(rng: np.random.Generator, wish: Wish, choose: Choice, size: int) -> Mover:
     free = size - GLYPH
     dx, dy = DIRECTIONS[wish.direction]
     # Start in the first 40 % of the way ahead, so that the asked direction is seen before a bounce.
@@ -148,7 +174,7 @@ def _draw_mover(rng: np.random.Generator, wish: Wish, size: int, heldout: bool) 
     if dx + dy < 0:
         along = 1 - along
     x, y = (along, across) if dx else (across, along)
-    scan = int(rng.choice(scans_of(wish.digit, heldout)))
+    scan = int(rng.choice(choose(wish.digit)))
     return Mover(wish.digit, wish.colour, wish.direction, scan, x * free, y * free, rng.uniform(1.5, 2.5))
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from falloff.miniature import digits
 from falloff.miniature.digits import COLOURS, GLYPH, Floats, Wish
+from falloff.miniature.state import seeded
 
 BRIGHT = 0.35  # a pixel whose strongest channel is above this belongs to a digit
 FEWEST = 60  # px: less of a colour than this in a frame is not a digit (the thinnest 1 has about 250)
@@ -55,14 +56,12 @@ def build_classifier() -> torch.nn.Module:
 
 def train_classifier(file: Path, steps: int = 1500) -> torch.nn.Module:
     """The classifier from `file`, trained there first from a fixed seed if it is missing."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_classifier()
+    model = seeded(build_classifier)
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
     rng = np.random.default_rng(8)
-    indices = np.array([i for d in range(10) for i in digits.scans_of(d, heldout=False)])
+    indices = np.array([i for d in range(10) for i in digits.training_scans(d)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):

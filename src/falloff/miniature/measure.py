@@ -154,7 +154,7 @@ def measure(
     arguments = call_arguments(folder) | changes
     classifier = train_classifier(work / "judge.pt")
     found: dict[str, Any] = {"machine": machine(), "call": arguments, **sizes(pipe, folder)}
-    found |= fidelity(pipe.vae, classifier, 16, arguments["num_frames"])
+    found |= fidelity(pipe.vae, classifier, count=16, frames=33)
     found |= attention_share(pipe, arguments)
     say(found)
     name = "-".join(["prompts", *(f"{k}={v}" for k, v in sorted(changes.items()))])

@@ -50,7 +50,8 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide is matrices else x.mT
+    upright: torch.Tensor = x if wide is matrices else x.mT
+    return upright
 
 
 def optimizers(

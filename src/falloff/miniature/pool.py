@@ -101,7 +101,7 @@ def _make(recipe: Recipe, vae: AutoencoderKLWan, together: int = 10) -> tuple[to
     latents = []
     for _ in track(range(recipe.clips // together), description=f"clips {recipe.name}"):
         texts = [_draw_caption(rng, recipe) for _ in range(together)]
-        scenes = [digits.draw_scene(rng, t, recipe.size) for t in texts]
+        scenes = [digits.draw_scene(rng, t, size=recipe.size) for t in texts]
         latents.append(_encode(vae, [digits.render(s, recipe.frames, recipe.size) for s in scenes]))
         captions += texts
     empty = _encode(vae, [digits.render((), recipe.frames, recipe.size)])[0]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Part(Protocol):
@@ -15,6 +18,13 @@ class Part(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+def seeded(make: Callable[[], T]) -> T:
+    """What `make` makes, with the same random weights every time; the global generator is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
 
 
 def save_state(file: Path, parts: dict[str, Any], spent: float, step: int) -> None:

@@ -1,0 +1,96 @@
+"""``falloff compare``: dense and sparse on the same prompts and seeds, and a page that shows both."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from falloff.cli import checkpoint as checkpoints
+from falloff.cli import options, settings
+from falloff.cli.errors import USAGE, CommandError, told
+from falloff.cli.progress import Steps
+
+PROMPTS = ("a red 3 moving right and a blue 7 moving up", "a green 5 moving left")
+"""For the bundled miniature, which knows moving digits only."""
+
+
+def compare(
+    prompt: Annotated[
+        list[str],
+        typer.Option(help="What a video is to show; repeatable. The miniature has its own.", show_default=False),
+    ] = [],  # noqa: B006 - typer reads the default and never writes to it
+    model: options.Model = None,
+    methods: Annotated[str, typer.Option(help="Methods to compare with dense, commas between.")] = "radial",
+    set_: options.Settings = [],  # noqa: B006
+    seeds: Annotated[str, typer.Option(help="Seeds for every prompt, commas between.")] = "0",
+    frames: options.Frames = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    kernel: options.Kernel = "auto",
+    output: Annotated[Path, typer.Option(help="Folder for the page, its figures and the videos.")] = Path("compare"),
+) -> None:
+    """Measure what methods gain and what they cost, against dense attention."""
+    if not prompt and model is not None:
+        raise CommandError("a model of yours needs at least one --prompt", USAGE)
+    prompts = prompt or list(PROMPTS)
+    for text in prompts:
+        options.check_prompt(text)
+    chosen = settings.choose_all(_list(methods, "--methods"), set_)
+    numbers = _seeds(seeds)
+    options.check_kernel(kernel)
+    options.check_folder(output)
+    checkpoint = checkpoints.find(model)
+    arguments = {**checkpoint.defaults, **options.call_arguments(frames, height, width, steps, guidance)}
+    checkpoint.check_size(arguments)
+
+    from rich.console import Console
+
+    from falloff.cli import pipeline
+    from falloff.evaluation import compare as evaluation
+    from falloff.evaluation import figures, report
+
+    with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
+        pipe = pipeline.load(checkpoint)
+        with pipeline.running():
+            comparison = evaluation.compare(
+                pipe,
+                prompts,
+                [choice.method for choice in chosen],
+                seeds=numbers,
+                schedule=[choice.schedule for choice in chosen],
+                kernel=kernel,
+                progress=lambda now: progress.show(now.doing, now.done, now.total),
+                fps=checkpoint.fps,
+                **arguments,
+            )
+    comparison = dataclasses.replace(comparison, model=checkpoint.name, command=shlex.join(["falloff", *sys.argv[1:]]))
+    with told(OSError):
+        page = report.write(comparison, output)[0]
+    console = Console()
+    console.print(figures.table(comparison))
+    for arm in comparison.methods:
+        console.print(figures.verdict(comparison, arm), highlight=False)
+        for reason, count in arm.reasons.items():
+            console.print(f"  {arm.label}: {count} calls stayed dense: {reason}", highlight=False)
+    console.print(f"Open {page} to see the videos side by side.", highlight=False, soft_wrap=True)
+
+
+def _list(text: str, option: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise CommandError(f"{option} {text!r} must be names with commas between", USAGE)
+    return parts
+
+
+def _seeds(text: str) -> list[int]:
+    parts = _list(text, "--seeds")
+    if not all(part.isdecimal() for part in parts):
+        raise CommandError(f"--seeds {text!r} must be whole numbers of at least 0 with commas between", USAGE)
+    return [int(part) for part in parts]

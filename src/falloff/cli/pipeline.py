@@ -1,0 +1,61 @@
+"""Loading a pipeline without its libraries' chatter, and running it with errors in one line."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from falloff.cli.checkpoint import Checkpoint
+from falloff.cli.errors import CommandError, told
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and warnings of diffusers and transformers, which are not for users of a command."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    chatty = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in chatty]
+    for library in chatty:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level in zip(chatty, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+def load(checkpoint: Checkpoint) -> Any:
+    """The pipeline on the GPU in bfloat16 where there is one, else on the CPU in float32.
+
+    Raises ``CommandError`` when the checkpoint cannot be loaded.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    # autoencoders lose visible detail in bfloat16
+    dtypes = {"default": dtype, "vae": torch.float32}
+    broken = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
+    with told(*broken, before=f"cannot load {checkpoint.source}: "):
+        return DiffusionPipeline.from_pretrained(checkpoint.source, dtype=dtypes).to(device)
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Errors of a pipeline call and of falloff's own checks as one line each."""
+    import torch
+
+    try:
+        with told(ValueError, TypeError, ArithmeticError):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise CommandError("the device's memory is full; ask for fewer frames or a smaller size") from error

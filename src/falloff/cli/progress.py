@@ -1,0 +1,64 @@
+"""Progress of a long run: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Steps:
+    """Shows "step x of y" and the time left on stderr, while in a ``with`` block."""
+
+    def __init__(self, doing: str) -> None:
+        self._console = Console(stderr=True)
+        self._doing, self._total = doing, 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[steps]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._start = self._said = time.monotonic()
+
+    def __enter__(self) -> Steps:
+        self._bar.start()
+        self._task = self._bar.add_task(self._doing, total=None, steps="")
+        self._say(self._doing)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, doing: str, done: int = 0, total: int | None = None) -> None:
+        """Tell what is going on, and the steps done where they are counted."""
+        assert self._task is not None
+        steps = f"step {done} of {total}" if total else ""
+        if total and not self._total:
+            self._bar.reset(self._task)
+            self._start, self._total = time.monotonic(), total
+        self._bar.update(self._task, description=doing, completed=done, total=total, steps=steps)
+        if doing != self._doing or time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._doing = doing
+            self._say(f"{doing}, {steps}{self._left(done, total)}" if total else doing)
+
+    def _left(self, done: int, total: int | None) -> str:
+        if not done or not total:
+            return ""
+        left = (time.monotonic() - self._start) / done * (total - done)
+        return f", about {left:.0f} s left"
+
+    def _say(self, line: str) -> None:
+        if not self._console.is_terminal:
+            self._said = time.monotonic()
+            self._console.print(line, highlight=False, soft_wrap=True)

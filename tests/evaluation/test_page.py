@@ -1,0 +1,107 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from falloff.evaluation import charts, figures, report, video
+from falloff.evaluation.comparison import Comparison
+
+
+def test_page_is_self_contained(comparison: Comparison) -> None:
+    page = report.html(comparison)
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", page)
+    assert not re.findall(r"url\(|@import|https?://", page)
+    assert page.count("<video") == 6
+    assert "$" not in re.sub(r"base64,[^\"]*", "", page)
+
+
+def test_words_of_users_are_escaped(comparison: Comparison) -> None:
+    page = report.html(comparison)
+    assert "<b>bold" not in page
+    assert "a &lt;b&gt;bold&lt;/b&gt; &amp; red 3 moves right" in page
+    assert 'aria-label="dense: a &quot;quoted&quot; prompt"' in page
+    assert "models/tiny &lt;wan&gt;" in page
+
+
+def test_pictures_have_words(comparison: Comparison) -> None:
+    page = report.html(comparison)
+    assert all("alt=" in tag for tag in re.findall(r"<img[^>]*>", page))
+    assert all("aria-" in tag for tag in re.findall(r"<(?:svg|video)[^>]*>", page))
+
+
+def test_files_of_a_comparison(comparison: Comparison, tmp_path: Path) -> None:
+    paths = report.write(comparison, tmp_path / "new" / "folder")
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(path.name for path in paths)
+    assert paths[0].name == "compare.html"
+    assert video.read(paths[-1]).shape == (9, 64, 64, 3)
+    values = json.loads(paths[1].read_text())
+    assert values["methods"][0]["predicted_speedup"] == pytest.approx(comparison.ceiling(0.552))
+    assert all("videos" not in arm for arm in (values["dense"], *values["methods"]))
+
+
+def test_large_videos_are_shrunk_and_the_rest_left_out(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "LARGE_VIDEO_BYTES", 1)
+    monkeypatch.setattr(report, "SHRUNK_SIDE", 32)
+    monkeypatch.setattr(report, "PAGE_BYTES", 9000)
+    page = report.html(comparison)
+    assert page.count("<video") == 3
+    assert "1 more of 2 pairs" in page
+
+
+def test_shrink_averages() -> None:
+    frames = np.zeros((2, 4, 8, 3), np.uint8)
+    frames[:, :, ::2] = 200
+    small = video.shrink(frames, 4)
+    assert small.shape == (2, 2, 4, 3)
+    assert (small == 100).all()
+
+
+def test_figures_tell_the_floor_and_the_spread(comparison: Comparison) -> None:
+    rows = {row.name: row.cells for row in figures.rows(comparison)}
+    assert rows["PSNR against dense"] == ["floor: identical", "30.4 ± 1.1 dB", "35.5 ± 1.1 dB"]
+    assert rows["speed-up"][0] == "1x"
+    assert rows["speed-up"][1].startswith("1.42x (1.41 to 1.43)")
+    assert rows["attention's share"][0] == "62.0%"
+    assert all(len(cells) == 3 for cells in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [([np.inf], "identical"), ([30.0], "30.0 dB"), ([30.0, np.inf], "30.0 dB, 1 of 2 identical")],
+)
+def test_decibels(values: list[float], words: str) -> None:
+    assert figures.decibels(values) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.0123, "12.3 ms"), (1.5, "1.50 s"), (12.34, "12.3 s"), (125, "2 min 5 s")]
+)
+def test_seconds(value: float, words: str) -> None:
+    assert figures.seconds(value) == words
+
+
+def test_verdict_names_expectation_and_measurement(comparison: Comparison) -> None:
+    words = figures.verdict(comparison, comparison.methods[0])
+    assert "54.3% of a dense call" in words
+    assert "2.19x" in words
+    assert "1.32x be expected" in words
+    assert "1.42x was measured" in words
+
+
+def test_plot_of_a_flat_or_short_curve(comparison: Comparison) -> None:
+    flat = dataclasses.replace(comparison.decay[0], distance=[0], mean=[0.1], layers=[[0.1]], fit=None)
+    assert "Too few distances" in charts.decay_plot(flat)
+
+
+def test_map_is_opaque_where_computed() -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    uri = charts.block_map_png(np.array([[255, 0], [128, 255]], np.uint8))
+    image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert np.asarray(image)[..., 3].tolist() == [[255, 0], [128, 255]]
