@@ -64,7 +64,7 @@ def test_list_of_transformers_shares_one_session() -> None:
 
 def test_second_enable_needs_replace(pipe: Any) -> None:
     falloff.enable(pipe, "radial")
-    with pytest.raises(AlreadyEnabledError, match="already enabled here with Radial.*replace=True"):
+    with pytest.raises(AlreadyEnabledError, match=r"already enabled here with Radial.*replace=True"):
         falloff.enable(pipe, "dense")
     assert falloff.report(pipe).method == falloff.Radial()
     falloff.enable(pipe, "dense", replace=True)
@@ -74,7 +74,7 @@ def test_second_enable_needs_replace(pipe: Any) -> None:
 def test_using_leaves_even_after_an_error(pipe: Any) -> None:
     with pytest.raises(KeyError), falloff.using(pipe, "radial"):
         raise KeyError
-    with pytest.raises(NotEnabledError, match="not enabled on this WanPipeline; call falloff.enable first"):
+    with pytest.raises(NotEnabledError, match=r"not enabled on this WanPipeline; call falloff\.enable first"):
         falloff.report(pipe)
     with pytest.raises(NotEnabledError):
         falloff.disable(pipe)

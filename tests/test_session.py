@@ -142,5 +142,5 @@ def test_report_reads_well_and_is_json() -> None:
     assert report.effective_density == pytest.approx((1 + report.density) / 2)
     back = json.loads(json.dumps(report.to_dict()))
     assert back["settings"]["block"] == 4
-    assert [call["kernel"] for call in back["calls"]][0] == "mine"
+    assert back["calls"][0]["kernel"] == "mine"
     assert "none yet" in str(session().report())

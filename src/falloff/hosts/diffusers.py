@@ -288,7 +288,8 @@ def _unlisten(model: nn.Module) -> None:
     del registry.hooks[NAME], registry._hook_order[place], registry._fn_refs[place]
 
 
-# PyTorch runs the hooks of a compiled model outside its graph, but would compile each of them by itself.
+# PyTorch runs the hooks of a compiled model outside its graph, but would compile each of them by itself. Inside an
+# outer compiled function they break the graph, so such a function cannot be compiled with fullgraph=True.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _root_starts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     model._falloff.arrive(args, kwargs)
