@@ -192,20 +192,19 @@ def _method_arm(way: _Way, outcomes: list[_Outcome]) -> MethodArm:
     assert way.method is not None
     reports = _reports(outcomes)
     plan = reports[-1].plan
-    densities = [report.density for report in reports if report.density is not None]
-    sparse = [[call.kernel for call in report.calls if call.reason is None] for report in reports]
+    sparse = [call for report in reports for call in report.calls if call.reason is None]
     return MethodArm(
         **_shared(way.label, outcomes),
         **_times(outcomes),
         method=way.method.name,
         settings=way.method.settings(),
         schedule=dataclasses.asdict(reports[-1].schedule),
-        density=fmean(densities) if densities else None,
-        effective_density=fmean(report.effective_density or 1.0 for report in reports),
+        density=fmean(call.density for call in sparse) if sparse else None,
+        effective_density=fmean(report.effective_density for report in reports),
         plan_seconds=fmean(report.plan_seconds for report in reports),
         kernel=str(reports[-1].choice or ""),
-        kernels=_summed(Counter(names) for names in sparse),
-        reasons=_summed(report.reasons for report in reports),
+        kernels=dict(Counter(call.kernel for call in sparse)),
+        reasons=dict(Counter(why for report in reports for why in Counter(report.reasons).elements()).most_common()),
         block_map=None if plan is None else plan.blocks.picture(MAP_PIXELS),
     )
 
@@ -234,13 +233,6 @@ def _times(outcomes: list[_Outcome]) -> dict[str, Any]:
         "attention_seconds": fmean(report.attention_seconds or 0.0 for report in reports),
         "forward_seconds": fmean(report.forward_seconds or 0.0 for report in reports) - planning,
     }
-
-
-def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
-    return dict(total.most_common())
 
 
 def _check_plain(pipe: Any) -> None:
