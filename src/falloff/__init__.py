@@ -1,19 +1,22 @@
-"""Faster diffusion video and image generation, with its price in quality shown."""
+"""Faster diffusion video and image generation, with its price in quality shown.
+
+Names are loaded when first asked for, so that ``falloff --help`` need not wait for torch.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from falloff.api import attention, disable, enable, plan_for, report, using
-from falloff.geometry import Grid, Sequence
-from falloff.methods import Full, Method, Radial
-from falloff.methods.presets import PRESETS, preset
-from falloff.plan import BlockMap, Plan
-from falloff.schedule import Schedule
-from falloff.session import Report
-
 if TYPE_CHECKING:
+    from falloff.api import attention, disable, enable, plan_for, report, using
     from falloff.evaluation.compare import compare
+    from falloff.geometry import Grid, Sequence
+    from falloff.methods import Full, Method, Radial
+    from falloff.methods.presets import PRESETS, preset
+    from falloff.plan import BlockMap, Plan
+    from falloff.schedule import Schedule
+    from falloff.session import Report
 
 __all__ = [
     "PRESETS",
@@ -36,11 +39,25 @@ __all__ = [
     "using",
 ]
 
+_HOME = {
+    "falloff.api": ("attention", "disable", "enable", "plan_for", "report", "using"),
+    "falloff.evaluation.compare": ("compare",),
+    "falloff.geometry": ("Grid", "Sequence"),
+    "falloff.methods": ("Full", "Method", "Radial"),
+    "falloff.methods.presets": ("PRESETS", "preset"),
+    "falloff.plan": ("BlockMap", "Plan"),
+    "falloff.schedule": ("Schedule",),
+    "falloff.session": ("Report",),
+}
+_MODULES = {name: module for module, names in _HOME.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    """``compare`` is loaded when asked for: it needs PyAV, which attention does not."""
-    if name != "compare":
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from falloff.evaluation.compare import compare
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
 
-    return compare
+
+def __dir__() -> list[str]:
+    return __all__

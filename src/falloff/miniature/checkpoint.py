@@ -30,9 +30,7 @@ def save(vae: AutoencoderKLWan, model: Model, folder: Path) -> None:
         tokenizer=text.tokenizer(),
         text_encoder=model.text_encoder.eval(),
         vae=vae.eval().half(),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
-        ),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
         transformer=model.transformer.eval().half(),
     )
     beside = folder.with_name(folder.name + ".part")
