@@ -14,7 +14,7 @@ from falloff.miniature.checkpoint import call_arguments
 
 @pytest.fixture(scope="module")
 def pipe() -> WanPipeline:
-    pipe = WanPipeline.from_pretrained(miniature.path(), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(miniature.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -36,9 +36,17 @@ def save(vae: AutoencoderKLWan, model: Model, folder: Path) -> None:
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     pipe.save_pretrained(beside)
+    _forget_origin(beside / "vae" / "config.json")
     (beside / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop the folder that a part was loaded from, which diffusers writes down."""
+    entries = json.loads(config.read_text())
+    entries.pop("_name_or_path", None)
+    config.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def call_arguments(folder: Path) -> dict[str, Any]:

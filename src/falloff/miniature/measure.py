@@ -149,7 +149,7 @@ def measure(
     folder: Path, work: Path, prompts: int, changes: dict[str, Any], say: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """All figures of the checkpoint in `folder`, said as they come; `changes` amend the default call."""
-    pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     arguments = call_arguments(folder) | changes
     classifier = train_classifier(work / "judge.pt")

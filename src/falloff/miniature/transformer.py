@@ -50,11 +50,11 @@ class Stage:
 # Shapes are learnt six times as fast on the small canvas, and places five times as fast on one frame.
 SHAPES, PLACES = Meal(SMALL, 3, 16), Meal(FULL, 1, 16)
 STAGES = (
-    Stage(0.57, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 4))),
-    Stage(0.73, (PLACES, PLACES, Meal(FULL, 3, 6))),
-    Stage(0.85, (PLACES, Meal(FULL, 3, 6), Meal(FULL, 5, 3))),
+    Stage(0.55, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 4))),
+    Stage(0.80, (PLACES, PLACES, PLACES, PLACES, Meal(FULL, 3, 6))),
+    Stage(0.87, (PLACES, Meal(FULL, 3, 6), Meal(FULL, 5, 3))),
     Stage(0.93, (Meal(FULL, 3, 6), Meal(LONG, 9, 2))),
-    Stage(1.0, (Meal(FULL, 5, 2), Meal(LONG, 17, 1))),
+    Stage(1.0, (Meal(FULL, 5, 3), Meal(LONG, 17, 1))),
 )
 NO_CAPTION = 0.1  # the share of clips trained without their caption, for guidance
 SHIFT = 5.0
