@@ -68,6 +68,29 @@ def miniature_figures() -> str:
     return table(head, rows) + "\n\n" + "\n".join(sources)
 
 
+def quality_figures() -> str:
+    path = ROOT / "src" / "falloff" / "miniature" / "measured.json"
+    result = json.loads(path.read_text())
+    score, psnr = result["prompt_score"], result["psnr_db"]
+    of_videos = f"{score['videos']} of {result['prompts_planned']} held-out prompts"
+    rows = [
+        ["weights on disk", "16 MB at most", f"{result['bytes'] / 1e6:.1f} MB"],
+        ["latent tokens by default", "4,000", f"{result['tokens']:,}"],
+        ["attention's share of a dense forward", "60%", f"{result['attention_share']:.0%}"],
+        ["one dense default generation", "90 s at most", f"{result['generation_seconds']:.0f} s"],
+        [f"autoencoder on {psnr['clips']} held-out clips, mean", "30 dB", f"{psnr['mean']:.1f} dB"],
+        [f"every asked digit found, {of_videos}", "75%", f"{score['every_digit_found']:.0%}"],
+        [f"colour right, {score['digits']} digits", "90%", f"{score['colour_right']:.0%}"],
+        [f"direction right, {score['digits']} digits", "80%", f"{score['direction_right']:.0%}"],
+    ]
+    link = path.relative_to(ROOT)
+    machine = result["machine"]
+    return (
+        table(["", "wanted", "measured"], rows)
+        + f"\n\n[{path.name}]({link}): {machine['cpu']}, torch {machine['versions']['torch']}."
+    )
+
+
 def decibels(values: list[float | str]) -> str:
     """Mean of decibels; dense runs that repeat to the bit have an infinite noise floor."""
     mean = fmean(float(value) for value in values)
@@ -93,6 +116,7 @@ def attention_figures() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "miniature": miniature_figures,
+    "quality": quality_figures,
     "plan": plan_figures,
     "attention": attention_figures,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,8 @@ def measure(
     """Print all figures of a checkpoint and write them to WORK/measured.json."""
     work.mkdir(parents=True, exist_ok=True)
     changes = {"num_frames": frames} if frames else {}
-    found = measure_all(checkpoint_folder or path(), work, prompts, changes, lambda f: print_json(data=f))
+    found = {"command": "python -m falloff.miniature " + " ".join(sys.argv[1:])}
+    found |= measure_all(checkpoint_folder or path(), work, prompts, changes, lambda f: print_json(data=f))
     beside = work / "measured.part"
     beside.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(beside, work / "measured.json")

@@ -133,15 +133,22 @@ def generate(pipe: WanPipeline, arguments: dict[str, Any], prompt: str, seed: in
 def prompt_records(
     pipe: WanPipeline, classifier: Classifier, arguments: dict[str, Any], count: int, file: Path
 ) -> list[dict[str, Any]]:
-    """One record per held-out prompt, kept line by line in `file`: an interrupted measurement goes on."""
+    """One record per held-out prompt, kept line by line in `file`: an interrupted measurement goes on.
+
+    Ctrl-C ends it early, with the records made so far.
+    """
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     prompts = digits.held_out_prompts(count)
-    for seed in track(range(len(records), count), description="prompts"):
-        clip, seconds = generate(pipe, arguments, prompts[seed], seed)
-        found = verdicts(classifier, clip, prompts[seed])
-        records.append({"prompt": prompts[seed], "seed": seed, "seconds": seconds, "verdicts": found})
-        with file.open("a") as lines:
-            lines.write(json.dumps(records[-1]) + "\n")
+    try:
+        for seed in track(range(len(records), count), description="prompts"):
+            clip, seconds = generate(pipe, arguments, prompts[seed], seed)
+            found = verdicts(classifier, clip, prompts[seed])
+            records.append({"prompt": prompts[seed], "seed": seed, "seconds": seconds, "verdicts": found})
+            with file.open("a") as lines:
+                lines.write(json.dumps(records[-1]) + "\n")
+    except KeyboardInterrupt:
+        if not records:
+            raise
     return records[:count]
 
 
@@ -159,6 +166,7 @@ def measure(
     say(found)
     name = "-".join(["prompts", *(f"{k}={v}" for k, v in sorted(changes.items()))])
     records = prompt_records(pipe, classifier, arguments, prompts, work / f"{name}.jsonl")
+    found["prompts_planned"] = prompts
     found["generation_seconds"] = median(r["seconds"] for r in records)
     found["prompt_score"] = score(records)
     found["prompts"] = records
