@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
+from safetensors.torch import load_file
 
 from falloff import miniature
-from falloff.miniature.checkpoint import call_arguments
+from falloff.miniature.checkpoint import call_arguments, load_model, save
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,18 @@ def test_default_call_has_thousands_of_tokens(pipe: WanPipeline) -> None:
     frames = 1 + (call["num_frames"] - 1) // pipe.vae_scale_factor_temporal
     side = pipe.vae_scale_factor_spatial
     assert frames * (call["height"] // side) * (call["width"] // side) >= 4000
+
+
+def test_training_can_go_on_from_the_shipped_weights(tmp_path: Path) -> None:
+    model = load_model(miniature.path())
+    assert model.training
+    assert next(model.parameters()).dtype == torch.float32
+    vae = AutoencoderKLWan.from_pretrained(miniature.path() / "vae", dtype=torch.float32)
+    save(vae, model, tmp_path / "again")
+    for part in ("transformer", "text_encoder", "vae"):
+        for file in (miniature.path() / part).glob("*.safetensors"):
+            again, shipped = load_file(tmp_path / "again" / part / file.name), load_file(file)
+            assert all(torch.equal(again[name], shipped[name].to(again[name].dtype)) for name in shipped)
 
 
 def test_loads_without_a_dtype() -> None:

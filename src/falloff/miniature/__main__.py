@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from diffusers import AutoencoderKLWan
 from rich import print_json
@@ -30,10 +31,17 @@ def train_autoencoder(work: Work, seconds: Seconds = 900) -> None:
 
 
 @app.command()
-def train(work: Work, seconds: Seconds = 3600) -> None:
+def train(
+    work: Work,
+    seconds: Seconds = 3600,
+    start: Annotated[
+        Path | None, typer.Option(help="A checkpoint folder whose autoencoder and weights to go on from.")
+    ] = None,
+) -> None:
     """Train transformer and text encoder on WORK/vae's latents and write the pipeline to WORK/checkpoint."""
-    vae = AutoencoderKLWan.from_pretrained(work / "vae")
-    model = transformer.train(vae, work, seconds)
+    work.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKLWan.from_pretrained((start or work) / "vae", dtype=torch.float32)
+    model = transformer.train(vae, work, seconds, start and checkpoint.load_model(start))
     checkpoint.save(vae, model, work / "checkpoint")
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 
 from falloff.miniature import text
@@ -40,6 +41,15 @@ def save(vae: AutoencoderKLWan, model: Model, folder: Path) -> None:
     (beside / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
+
+
+def load_model(folder: Path) -> Model:
+    """The trained parts of a pipeline folder in single precision, to be trained on."""
+    pipe = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    model = Model()
+    model.transformer.load_state_dict(pipe.transformer.state_dict())
+    model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+    return model.train()
 
 
 def _forget_origin(config: Path) -> None:

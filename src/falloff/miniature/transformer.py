@@ -86,9 +86,12 @@ class Model(torch.nn.Module):
         self.text_encoder = text.build_encoder()
 
 
-def train(vae: AutoencoderKLWan, folder: Path, seconds: float) -> Model:
-    """Train for `seconds` in all, resuming from `folder`/transformer.pt; returns the averaged weights."""
-    model = seeded(Model)
+def train(vae: AutoencoderKLWan, folder: Path, seconds: float, start: Model | None = None) -> Model:
+    """Train for `seconds` in all, resuming from `folder`/transformer.pt; returns the averaged weights.
+
+    Without that file training begins with the weights of `start`, or afresh.
+    """
+    model = start or seeded(Model)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # type: ignore[no-untyped-call]
     matrices = (p for p in model.transformer.blocks.parameters() if p.ndim == 2)
     both = optimizers(matrices, model, rates=(0.02, 2e-3))
