@@ -41,7 +41,7 @@ def train(
     """Train transformer and text encoder on WORK/vae's latents and write the pipeline to WORK/checkpoint."""
     work.mkdir(parents=True, exist_ok=True)
     vae = AutoencoderKLWan.from_pretrained((start or work) / "vae", dtype=torch.float32)
-    model = transformer.train(vae, work, seconds, start and checkpoint.load_model(start))
+    model = transformer.train(vae, work, seconds, checkpoint.load_model(start) if start else None)
     checkpoint.save(vae, model, work / "checkpoint")
 
 
