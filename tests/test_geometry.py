@@ -1,5 +1,7 @@
 """Orders are bijections with the shape they promise; sequences keep text in its place."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,6 +62,6 @@ def test_text_keeps_its_place_in_an_order(side: str) -> None:
         (lambda: tile_order(Grid(1, 2, 2), (0, 1, 1)), "at least one token per axis"),
     ],
 )
-def test_bad_geometry_is_refused(make: object, message: str) -> None:
+def test_bad_geometry_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make()  # type: ignore[operator]
+        make()
