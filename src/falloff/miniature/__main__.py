@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +54,7 @@ def measure(
     """Print all figures of a checkpoint and write them to WORK/measured.json."""
     work.mkdir(parents=True, exist_ok=True)
     changes = {"num_frames": frames} if frames else {}
-    found = {"command": "python -m falloff.miniature " + " ".join(sys.argv[1:])}
+    found = {"command": f"python -m falloff.miniature measure WORK --prompts {prompts}"}
     found |= measure_all(checkpoint_folder or path(), work, prompts, changes, lambda f: print_json(data=f))
     beside = work / "measured.part"
     beside.write_text(json.dumps(found, indent=1) + "\n")
