@@ -26,7 +26,7 @@ def compare(
     ] = [],  # noqa: B006 - typer reads the default and never writes to it
     model: options.Model = None,
     methods: Annotated[str, typer.Option(help="Methods to compare with dense, commas between.")] = "radial",
-    set_: options.Settings = [],  # noqa: B006
+    set_: options.Settings = [],  # noqa: B006 - as above
     seeds: Annotated[str, typer.Option(help="Seeds for every prompt, commas between.")] = "0",
     frames: options.Frames = None,
     height: options.Height = None,
