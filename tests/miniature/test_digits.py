@@ -28,7 +28,7 @@ def test_a_digit_first_moves_as_captioned(direction: str) -> None:
         (mover,) = scene(f"a green 5 moving {direction}", seed)
         path = digits.track(mover, 13, 128)
         towards = (path[-1] - path[0]) @ np.array(DIRECTIONS[direction])
-        assert towards == pytest.approx(12 * mover.speed, rel=1e-4)
+        assert towards == 12 * digits.SPEED
 
 
 def test_digits_bounce_inside_the_canvas() -> None:

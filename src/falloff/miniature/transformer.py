@@ -25,9 +25,9 @@ from falloff.miniature.muon import optimizers, set_rate
 from falloff.miniature.pool import Pool, Recipe, load
 from falloff.miniature.state import load_state, save_state, seeded
 
-SMALL = Recipe("small", size=64, frames=9, clips=1500, pairs=0.0, composed=0.0)
-FULL = Recipe("full", size=128, frames=17, clips=500, pairs=0.0, composed=0.6)
-LONG = Recipe("long", size=128, frames=65, clips=100, pairs=0.0, composed=0.6)
+SMALL = Recipe("small", size=64, frames=9, clips=4000, pairs=0.0, composed=0.0)
+FULL = Recipe("full", size=128, frames=17, clips=800, pairs=0.0, composed=0.6)
+LONG = Recipe("long", size=128, frames=65, clips=200, pairs=0.0, composed=0.6)
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,13 @@ class Stage:
     meals: tuple[Meal, ...]
 
 
-# Shapes are learnt six times as fast on the small canvas, and places five times as fast on one frame.
-SHAPES, PLACES = Meal(SMALL, 3, 16), Meal(FULL, 1, 16)
+# A clip on the small canvas costs a quarter of one on the full canvas, and shapes are learnt as well on it.
+SHAPES = Meal(SMALL, 3, 16)
 STAGES = (
-    Stage(0.55, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 4))),
-    Stage(0.80, (PLACES, PLACES, PLACES, PLACES, Meal(FULL, 3, 6))),
-    Stage(0.87, (PLACES, Meal(FULL, 3, 6), Meal(FULL, 5, 3))),
-    Stage(0.93, (Meal(FULL, 3, 6), Meal(LONG, 9, 2))),
-    Stage(1.0, (Meal(FULL, 5, 3), Meal(LONG, 17, 1))),
+    Stage(0.40, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 6))),
+    Stage(0.62, (SHAPES, Meal(FULL, 3, 6), Meal(FULL, 5, 4))),
+    Stage(0.80, (Meal(FULL, 5, 4), Meal(LONG, 9, 2))),
+    Stage(1.0, (Meal(LONG, 9, 2), Meal(LONG, 17, 1), Meal(LONG, 17, 1))),
 )
 NO_CAPTION = 0.1  # the share of clips trained without their caption, for guidance
 SHIFT = 5.0
@@ -92,6 +91,7 @@ def train(vae: AutoencoderKLWan, folder: Path, seconds: float, start: Model | No
     Without that file training begins with the weights of `start`, or afresh.
     """
     model = start or seeded(Model)
+    model.transformer.compile(dynamic=False)  # a fifth to two fifths faster, once each kind of step is compiled
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # type: ignore[no-untyped-call]
     matrices = (p for p in model.transformer.blocks.parameters() if p.ndim == 2)
     both = optimizers(matrices, model, rates=(0.02, 2e-3))
