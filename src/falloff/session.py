@@ -258,7 +258,14 @@ class Session:
             note.update(density=1.0, kernel=dense.name(), reason=plan.reason)
         else:
             needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            choice = kernels.choose(plan, q, impl=self.kernel, needs_grad=needs_grad, needs_lse=False)
+            choice = kernels.choose(
+                plan,
+                q,
+                impl=self.kernel,
+                needs_grad=needs_grad,
+                needs_lse=False,
+                drops_keys=key_valid is not None,
+            )
             out = kernels.run(plan, q, k, v, scale=scale, key_valid=key_valid, impl=choice.name)[0].transpose(1, 2)
             note.update(density=plan.density, kernel=choice.name, reason=None)
             self._last_plan, self._last_choice = plan, choice

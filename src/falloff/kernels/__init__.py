@@ -36,6 +36,6 @@ def run(
     """
     check_call(plan, q_BHND, k_BHND, v_BHND, key_valid)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHND, k_BHND, v_BHND))
-    choice = choose(plan, q_BHND, impl=impl, needs_grad=needs_grad)
+    choice = choose(plan, q_BHND, impl=impl, needs_grad=needs_grad, drops_keys=key_valid is not None)
     scale = q_BHND.shape[-1] ** -0.5 if scale is None else scale
     return kernel_named(choice.name).attention(plan, q_BHND, k_BHND, v_BHND, scale, key_valid)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from falloff.kernels import cpu, cpu_tile, reference
 from falloff.kernels.errors import UnsupportedError
+from falloff.kernels.needs import Needs
 from falloff.plan import Plan
 
 Attention = Callable[[Plan, Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Kernel(NamedTuple):
-    """One way to run a plan. ``absent`` says why it cannot run on this machine, ``refuse(q, needs_grad)``
-    why not this call.
+    """One way to run a plan. ``absent`` says why it cannot run on this machine, ``refuse`` why not this call.
 
     ``rough_lse``: its LSE is no more exact than bfloat16 scores allow; ``auto`` then leaves it to calls without one.
     """
@@ -26,7 +26,7 @@ class Kernel(NamedTuple):
     good_for: str
     attention: Attention
     absent: Callable[[], str | None]
-    refuse: Callable[[Tensor, bool], str | None]
+    refuse: Callable[[Needs], str | None]
     rough_lse: bool = False
 
 
@@ -39,13 +39,13 @@ KERNELS = (
         cpu_tile.refuse,
         rough_lse=True,
     ),
-    Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, lambda q, grad: cpu.refuse(q)),
+    Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, cpu.refuse),
     Kernel(
         "reference",
         "any device; memory grows with the square of the tokens",
         reference.attention,
         lambda: None,
-        lambda q, grad: None,
+        lambda needs: None,
     ),
 )
 """In the order of preference of ``auto``."""
@@ -64,13 +64,20 @@ class Choice:
 
 
 def choose(
-    plan: Plan, q_BHND: Tensor, *, impl: str = "auto", needs_grad: bool = False, needs_lse: bool = True
+    plan: Plan,
+    q_BHND: Tensor,
+    *,
+    impl: str = "auto",
+    needs_grad: bool = False,
+    needs_lse: bool = True,
+    drops_keys: bool = False,
 ) -> Choice:
     """Pick the kernel for a call. ``auto`` takes the first that can run it, in the order of ``KERNELS``.
 
     Raises ``UnsupportedError`` when ``impl`` names a kernel that is unknown or cannot run this call.
     """
-    refusals = {kernel.name: kernel.absent() or kernel.refuse(q_BHND, needs_grad) for kernel in KERNELS}
+    needs = Needs(plan, q_BHND, grad=needs_grad, lse=needs_lse, drops_keys=drops_keys)
+    refusals = {kernel.name: kernel.absent() or kernel.refuse(needs) for kernel in KERNELS}
     if impl == "auto":
         rough = {kernel.name: "its LSE is rough, and the call needs one" for kernel in KERNELS if kernel.rough_lse}
         refusals = {name: why or (rough.get(name) if needs_lse else None) for name, why in refusals.items()}

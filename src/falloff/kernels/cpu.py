@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from falloff.kernels.launch import Chunk, Launch, launch
 from falloff.kernels.merge import merge
+from falloff.kernels.needs import Needs
 from falloff.kernels.units import from_units, to_units
 from falloff.plan import Plan
 
@@ -59,8 +60,9 @@ def in_units(
     return from_units(out, lists.q_order, q_BHND.shape), lse.squeeze(-1)
 
 
-def refuse(q_BHND: Tensor) -> str | None:
-    return None if q_BHND.device.type == "cpu" else f"it runs on CPUs, the tensors are on {q_BHND.device}"
+def refuse(needs: Needs) -> str | None:
+    device = needs.q_BHND.device
+    return None if device.type == "cpu" else f"it runs on CPUs, the tensors are on {device}"
 
 
 def gather(x_UTD: Tensor, units_RM: Tensor) -> Tensor:

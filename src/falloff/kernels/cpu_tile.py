@@ -12,6 +12,7 @@ from torch import Tensor
 from falloff.kernels.cpu import fit_scores, in_units, over_chunks
 from falloff.kernels.cpu import refuse as refuse_device
 from falloff.kernels.launch import Launch
+from falloff.kernels.needs import Needs
 from falloff.plan import Plan
 
 SHIFT_KEYS = 128  # enough keys that their largest score is near the row's
@@ -36,12 +37,12 @@ def absent() -> str | None:
     return "the CPU has neither AVX-512 BF16 nor AMX; without them it is slower than dense attention"
 
 
-def refuse(q_BHND: Tensor, needs_grad: bool) -> str | None:
-    if q_BHND.dtype != torch.bfloat16:
-        return f"it computes in bfloat16, the tensors are {q_BHND.dtype}"
-    if needs_grad:
+def refuse(needs: Needs) -> str | None:
+    if needs.q_BHND.dtype != torch.bfloat16:
+        return f"it computes in bfloat16, the tensors are {needs.q_BHND.dtype}"
+    if needs.grad:
         return "it has no backward"
-    return refuse_device(q_BHND)
+    return refuse_device(needs)
 
 
 def tile(q_RND: Tensor, k_RMD: Tensor, v_RMD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
