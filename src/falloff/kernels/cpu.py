@@ -26,7 +26,7 @@ Inner = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 Fit = Callable[[Chunk], int]
 """How many of a chunk's rows one call takes."""
 
-GATHERED_BYTES = 4 << 20
+GATHERED_BYTES = 2 << 20
 """Keys gathered for one call: larger ones leave the cache, smaller ones pay more for starting threads."""
 SCORES = 1 << 20
 """Scores held at once where they are materialised: about the size of a core's cache."""
@@ -65,9 +65,11 @@ def refuse(needs: Needs) -> str | None:
     return None if device.type == "cpu" else f"it runs on CPUs, the tensors are on {device}"
 
 
-def gather(x_UTD: Tensor, units_RM: Tensor) -> Tensor:
-    """Rows of units, end to end: [rows, m * unit, D]."""
-    return x_UTD.index_select(0, units_RM.flatten()).view(len(units_RM), -1, x_UTD.shape[2])
+def gather(x_UTD: Tensor, units_RM: Tensor, into: Tensor | None = None) -> Tensor:
+    """Rows of units, end to end: [rows, m * unit, D]; in memory of ``into`` where that is given."""
+    place = None if into is None else into[: units_RM.numel()]
+    rows = torch.index_select(x_UTD, 0, units_RM.flatten(), out=place)
+    return rows.view(len(units_RM), -1, x_UTD.shape[2])
 
 
 def split(chunks: list[Chunk], fit: Fit) -> Iterator[Chunk]:
@@ -84,9 +86,12 @@ def over_chunks(
     """Units of out and LSE from units of q, k, v, by an inner attention over gathered rows."""
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for q_units, k_units, keys, more in split(lists.chunks, fit):
+    calls = list(split(lists.chunks, fit))
+    most = max((call.k_units.numel() for call in calls), default=0)
+    k_kept, v_kept = (x.new_empty(most, *x.shape[1:]) for x in (k, v))  # fresh memory is dear, call after call
+    for q_units, k_units, keys, more in calls:
         index = q_units.flatten()
-        k_rows, v_rows = (gather(x, k_units)[:, :keys] for x in (k, v))
+        k_rows, v_rows = (gather(x, k_units, kept)[:, :keys] for x, kept in ((k, k_kept), (v, v_kept)))
         answer = inner(gather(q, q_units), k_rows, v_rows, scale)
         out_units, lse_units = answer[0].reshape(-1, *q.shape[1:]), answer[1].reshape(-1, q.shape[1])
         if more:
