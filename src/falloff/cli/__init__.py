@@ -12,7 +12,7 @@ from typing import Annotated, cast
 
 import typer
 
-from falloff.cli import bench, bench_attention, compare, doctor, generate, methods
+from falloff.cli import bench, bench_attention, bench_model, compare, doctor, generate, methods
 from falloff.cli.errors import CommandError, one_line
 
 INTERRUPTED = 130
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
 bench.app.command("attention")(bench_attention.attention)
+bench.app.command("model")(bench_model.model)
 app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 app.command("methods")(methods.methods)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from falloff.cli.errors import USAGE, CommandError
 if TYPE_CHECKING:
     import torch
 
+    from falloff.evaluation.bench.models import TrueModel
     from falloff.evaluation.bench.shapes import Shape
 
+MINIATURE = "miniature"
 DTYPES = ("float32", "bfloat16", "float16")
 
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved repetitions; times are their medians.")]
@@ -60,7 +63,7 @@ def default_dtype(device: torch.device) -> str:
 
 
 def default_shape(device: torch.device) -> str:
-    return "wan14b-720p" if device.type == "cuda" else "miniature"
+    return "wan14b-720p" if device.type == "cuda" else MINIATURE
 
 
 @contextmanager
@@ -89,4 +92,16 @@ def shapes() -> dict[str, Shape]:
     from falloff.evaluation.bench.shapes import SHAPES, on_grid
     from falloff.geometry import Grid
 
-    return {"miniature": on_grid("miniature", 4, 32, Grid(17, 16, 16)), **SHAPES}
+    return {MINIATURE: on_grid(MINIATURE, 4, 32, Grid(17, 16, 16)), **SHAPES}
+
+
+def models() -> dict[str, TrueModel]:
+    """Every transformer by the name of its shape, the bundled miniature's included."""
+    from falloff import miniature
+    from falloff.evaluation.bench.models import MODELS, WAN, TrueModel
+
+    folder = miniature.path()
+    saved = json.loads((folder / "transformer" / "config.json").read_text())
+    config = {name: value for name, value in saved.items() if not name.startswith("_")}
+    text = json.loads((folder / "generation.json").read_text())["max_sequence_length"]
+    return {MINIATURE: TrueModel(shape=shapes()[MINIATURE], kind=WAN, config=config, text=text), **MODELS}

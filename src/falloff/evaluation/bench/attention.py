@@ -14,16 +14,14 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from falloff import kernels
-from falloff.evaluation.bench import exact, maps
+from falloff.evaluation.bench import exact, expect, maps
 from falloff.evaluation.bench.arms import Arms, Inputs, dense_arms, on_plan, sparse_arms
 from falloff.evaluation.bench.dense import Attend
 from falloff.evaluation.bench.memory import require
 from falloff.evaluation.bench.shapes import Shape
 from falloff.evaluation.bench.timing import Arm, BenchmarkError, Times, interleaved, once, tried
-from falloff.evaluation.figures import seconds as in_words
 from falloff.evaluation.machine import PeakMemory
 from falloff.plan import Plan, dense_plan
 
@@ -35,9 +33,6 @@ TENSORS = {False: 8, True: 18}
 STEPS_BESIDES = 2
 """Calls of ``progress`` besides one a round: before the warm-up and after it."""
 PLANNING_REPEATS = 3
-PROBE_TOKENS = {"cpu": 1024, "cuda": 8192}
-WORTH_A_WORD = 60
-"""Seconds of measuring from which a user is told what to expect."""
 
 Progress = Callable[[str], None]
 
@@ -139,7 +134,7 @@ def measure(
     with torch.set_grad_enabled(work.backward):
         sparse, skipped = _sparse(plan, inputs, kernel_names)
         dense, absent = dense_arms(inputs, sparse)
-        progress(f"{work}{_expected(inputs, len(dense) + plan.density * len(sparse), rounds)}")
+        progress(f"{work}{_expected(work, len(dense) + plan.density * len(sparse), rounds, device)}")
         able, failed = tried(dense | sparse, device)
         progress(str(work))
         if not dense.keys() & able.keys():
@@ -194,15 +189,12 @@ def _sparse(plan: Plan, inputs: Inputs, names: Sequence[str]) -> Arms:
     return Arms(able, {**refused, "reference": UNNAMED})
 
 
-def _expected(inputs: Inputs, dense_calls: float, rounds: int) -> str:
-    """How long so many dense calls a round will take, in words; judged by a smaller call, empty when soon over."""
-    length = inputs.q.shape[2]
-    short = min(length, PROBE_TOKENS[inputs.q.device.type])
-    probe = _forward(F.scaled_dot_product_attention, inputs, short)
-    for _ in range(2):  # the first warms up
-        (seconds,) = once(probe, inputs.q.device)
-    total = seconds * (length / short) ** 2 * FLOPS[inputs.d_out is not None] * dense_calls * (rounds + 2)
-    return f", about {in_words(total)}" if total > WORTH_A_WORD else ""
+def _expected(work: Work, dense_calls: float, rounds: int, device: torch.device) -> str:
+    """How long so many dense calls a round will take, in words."""
+    shape = work.shape
+    flops = 4 * shape.heads * shape.tokens**2 * shape.head_dim * FLOPS[work.backward] * dense_calls * (rounds + 2)
+    dtype = getattr(torch, work.dtype)
+    return expect.in_words(flops, heads=shape.heads, head_dim=shape.head_dim, dtype=dtype, device=device)
 
 
 def _fastest(times: dict[str, Times], names: set[str]) -> str:
@@ -256,7 +248,7 @@ def _launch_ms(name: str, plan: Plan, inputs: Inputs) -> float | None:
     return 1e3 * (first - again) if first > again else None
 
 
-def _forward(attend: Attend, inputs: Inputs, length: int | None = None) -> Arm:
-    """Attention without gradients, of the first ``length`` tokens."""
-    q, k, v = (x.detach()[:, :, :length] for x in inputs[:3])
+def _forward(attend: Attend, inputs: Inputs) -> Arm:
+    """Attention without gradients."""
+    q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
     return Arm(lambda: attend(q, k, v))

@@ -31,7 +31,8 @@ def method_of(name: str, shape: Shape, block: int | None = None) -> Method:
     else:
         known = ", ".join(sorted(METHODS))
         raise ValueError(
-            f"unknown map {name!r}; choose {RANDOM}DENSITY, one of {known}, or a preset of 'falloff methods'"
+            f"unknown map {name!r}; choose one of {known}, a preset of 'falloff methods', or {RANDOM}DENSITY for "
+            "attention alone"
         )
     if block is None:
         return method

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from falloff.evaluation.bench.attention import ArmResult, Row
+from falloff.evaluation.bench.model import ModelArm, ModelRow
 from falloff.evaluation.figures import NONE, percent, seconds, times
 
 if TYPE_CHECKING:
@@ -65,3 +66,42 @@ def _cells(arm: ArmResult) -> list[str]:
 
 def memory(count: int | None) -> str:
     return NONE if count is None else f"{count / 2**20:,.0f} MiB"
+
+
+def model_table(row: ModelRow) -> Table:
+    """One line an arm; those that cannot run have no figures."""
+    heading = (
+        f"{row.shape}: {row.model}, {row.parameters / 1e6:,.0f} million random weights, {row.dtype}\n"
+        f"{row.layers} layers of attention over {row.tokens:,} tokens ({row.grid}); {row.map} map, "
+        f"density {percent(row.density)}"
+    )
+    shown = _table(heading, ["forward", "speed-up", "attention", "peak memory", "kernel"])
+    for name, arm in row.arms.items():
+        shown.add_row(name, *_model_cells(arm))
+    for name in row.refused:
+        shown.add_row(name, "not run", *[NONE] * 4)
+    return shown
+
+
+def model_notes(row: ModelRow) -> list[str]:
+    """What was measured beside what could be expected, and why arms cannot run."""
+    sparse = [f"{times(arm.speedup)} by {name}" for name, arm in row.arms.items() if arm.kind == "sparse"]
+    lines = [
+        f"Speed-up of a step with every layer sparse, over {row.best_dense}, the fastest dense model here: "
+        f"{', '.join(sparse) or 'none measured'}.",
+        f"Attention takes {percent(row.by_time.share)} of the dense time, which allows "
+        f"{times(row.by_time.at_density)} at this density and {times(row.by_time.without_attention)} without any.",
+        f"It has {percent(row.by_operations.share)} of the operations: {times(row.by_operations.at_density)} and "
+        f"{times(row.by_operations.without_attention)} were all operations equally fast.",
+    ]
+    return lines + [f"{name} was not run: {reason}." for name, reason in row.refused.items()]
+
+
+def _model_cells(arm: ModelArm) -> list[str]:
+    return [
+        seconds(arm.ms / 1e3),
+        times(arm.speedup),
+        seconds(arm.attention_ms / 1e3),
+        memory(arm.peak_bytes),
+        " ".join(arm.kernels),
+    ]
