@@ -69,7 +69,7 @@ def test_a_real_measurement(dtype: str) -> None:
         assert arm.gradient_error is not None
         assert max(arm.relative_error, arm.gradient_error) < (1e-5 if dtype == "float32" else 2e-2)
     values = json.loads(json.dumps(row.to_dict(), allow_nan=False))
-    assert values["arms"]["cpu"].keys() == {field for field in attention.ArmResult.__dataclass_fields__}
+    assert values["arms"]["cpu"].keys() == set(attention.ArmResult.__dataclass_fields__)
     assert values["map"] == "random:0.3"
 
 

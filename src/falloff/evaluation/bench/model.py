@@ -108,7 +108,7 @@ def measure(
     name, shape = f"{model.shape.name}, {map_name}", model.shape
     method = maps.method_of(map_name, shape)
     plan = maps.plan_of(map_name, shape).to(device)
-    require(models.bytes_needed(model, dtype), device, f"{shape.name} in {dtype}")
+    require(models.bytes_needed(model, dtype), device, f"{shape.name} in {_name(dtype)}")
     progress(f"{name}: making the weights")
     made = models.build(model, dtype, device)
     runner = Runner(made, models.inputs(model, made, dtype, device))
@@ -143,7 +143,7 @@ def measure(
         layers=runner.layers,
         tokens=shape.tokens,
         grid=shape.grid,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         map=map_name,
         settings=method.settings(),
         density=plan.density,
@@ -159,6 +159,10 @@ def operations(model: models.TrueModel, layers: int, parameters: int) -> tuple[i
     """Floating-point operations of a dense forward: of attention's products, and 2 a parameter and token elsewhere."""
     shape = model.shape
     return 4 * layers * shape.heads * shape.head_dim * shape.tokens**2, 2 * parameters * shape.tokens
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _queries(model: models.TrueModel, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
