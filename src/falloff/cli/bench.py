@@ -50,7 +50,10 @@ def device_of(text: str | None, threads: int | None) -> torch.device:
         raise CommandError(f"--device {text}: torch finds {torch.cuda.device_count()} CUDA devices here; take cpu")
     if threads is not None:
         torch.set_num_threads(threads)
-    return torch.device(name, int(number or 0)) if name == "cuda" else torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(int(number or 0))  # events that time work belong to the current device
+    return torch.device(name, int(number or 0))
 
 
 def check_dtype(name: str) -> None:

@@ -75,9 +75,10 @@ def attention(
             rows.append(measuring.measure(work, device=where, kernel_names=kernel, rounds=rounds, progress=step))
     console = Console()
     for row in rows:
+        console.print(tables.title(row), highlight=False, markup=False, soft_wrap=True)
         console.print(tables.attention_table(row))
         for note in tables.notes(row):
-            console.print(note, highlight=False, markup=False)
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
     if output is not None:
         with told(OSError):
             record.write(output, shlex.join(["falloff", *sys.argv[1:]]), where, [row.to_dict() for row in rows])

@@ -71,9 +71,10 @@ def model(
                 progress=step,
             )
     console = Console()
+    console.print(tables.model_title(row), highlight=False, markup=False, soft_wrap=True)
     console.print(tables.model_table(row))
     for note in tables.model_notes(row):
-        console.print(note, highlight=False, markup=False)
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if output is not None:
         with told(OSError):
             record.write(output, shlex.join(["falloff", *sys.argv[1:]]), where, [row.to_dict()])

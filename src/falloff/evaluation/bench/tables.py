@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def attention_table(row: Row) -> Table:
     """One line an arm; those that cannot run have no figures."""
-    shown = _table(title(row), ["time", "TFLOP/s", "speed-up", "efficiency", "new plan", "memory", "error"])
+    shown = _table(["time", "TFLOP/s", "speed-up", "efficiency", "new plan", "memory", "error"])
     for name, arm in row.arms.items():
         shown.add_row(name, *_cells(arm))
     for name in row.refused:
@@ -22,12 +22,12 @@ def attention_table(row: Row) -> Table:
     return shown
 
 
-def _table(title: str, heads: list[str]) -> Table:
+def _table(heads: list[str]) -> Table:
     """Narrow enough for 80 columns."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    shown = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     shown.add_column("", no_wrap=True)
     for head in heads:
         shown.add_column(head, justify="right", no_wrap=True)
@@ -70,17 +70,20 @@ def memory(count: int | None) -> str:
 
 def model_table(row: ModelRow) -> Table:
     """One line an arm; those that cannot run have no figures."""
-    heading = (
-        f"{row.shape}: {row.model}, {row.parameters / 1e6:,.0f} million random weights, {row.dtype}\n"
-        f"{row.layers} layers of attention over {row.tokens:,} tokens ({row.grid}); {row.map} map, "
-        f"density {percent(row.density)}"
-    )
-    shown = _table(heading, ["forward", "speed-up", "attention", "peak memory", "kernel"])
+    shown = _table(["forward", "speed-up", "attention", "peak memory", "kernel"])
     for name, arm in row.arms.items():
         shown.add_row(name, *_model_cells(arm))
     for name in row.refused:
         shown.add_row(name, "not run", *[NONE] * 4)
     return shown
+
+
+def model_title(row: ModelRow) -> str:
+    return (
+        f"{row.shape}: {row.model}, {row.parameters / 1e6:,.0f} million random weights, {row.dtype}\n"
+        f"{row.layers} layers of attention over {row.tokens:,} tokens ({row.grid}); {row.map} map, "
+        f"density {percent(row.density)}"
+    )
 
 
 def model_notes(row: ModelRow) -> list[str]:
