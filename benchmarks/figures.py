@@ -103,13 +103,13 @@ def attention_figures() -> str:
     rows = []
     for row in result["rows"]:
         shape = f"{row['heads']} heads x {row['head_dim']}, {row['tokens']:,} tokens, blocks of {row['block']}"
-        kind = "Radial map" if row["density"] is None else "random maps"
-        start = [f"{shape}, {kind}, {row['dtype']}", f"{row['actual_density']:.1%}"]
+        kind = "Radial map" if row["map"] == "radial" else "random maps"
+        start = [f"{shape}, {kind}, {row['dtype']}", f"{row['density']:.1%}"]
         for name, arm in row["arms"].items():
-            if "efficiency" in arm:
+            if arm["kind"] == "sparse":
                 rows.append([*start, name, f"{arm['speedup']:.2f}x", f"{arm['efficiency']:.2f}"])
-        rows += [[*start, name, "", ""] for name in row["empty"]]
-    reasons = {f"{name}: {reason}." for row in result["rows"] for name, reason in row["empty"].items()}
+        rows += [[*start, name, "", ""] for name in row["refused"]]
+    reasons = {f"{name}: {reason}." for row in result["rows"] for name, reason in row["refused"].items()}
     head = ["attention", "density", "kernel", "speed-up", "efficiency"]
     return "\n\n".join([table(head, rows), *sorted(reasons), source(result, path)])
 

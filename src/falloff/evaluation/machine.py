@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -54,12 +55,29 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         _restart_resident_peak()
+        self._before = self.read()
 
     def read(self) -> int | None:
         """Bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return _resident_peak()
+
+    def beyond(self) -> int | None:
+        """Bytes beyond what was taken at construction."""
+        peak = self.read()
+        return None if peak is None or self._before is None else peak - self._before
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken on a device; ``None`` where the operating system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return None
+    available = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
 
 
 def _resident_peak() -> int | None:
@@ -75,7 +93,15 @@ def _restart_resident_peak() -> None:
     """Linux alone forgets a former peak on request; elsewhere it is the peak of the process so far."""
     control = Path("/proc/self/clear_refs")
     if sys.platform == "linux" and os.access(control, os.W_OK):
+        _give_back()
         control.write_text("5")
+
+
+def _give_back() -> None:
+    """Freed memory that the C library still holds would hide as much of the next peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _processor() -> str:
