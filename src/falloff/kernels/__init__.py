@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from falloff.kernels.check import check_call
 from falloff.kernels.choose import Choice, available, choose, kernel_named
 from falloff.kernels.errors import KernelError, UnsupportedError
 from falloff.kernels.merge import merge
+from falloff.kernels.needs import differentiable
 from falloff.plan import Plan
 
 __all__ = ["Choice", "KernelError", "UnsupportedError", "attend", "available", "choose", "merge", "run"]
@@ -65,9 +65,13 @@ def _attend(
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     check_call(plan, q_BHND, k_BHND, v_BHND, key_valid)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHND, k_BHND, v_BHND))
     choice = choose(
-        plan, q_BHND, impl=impl, needs_grad=needs_grad, needs_lse=needs_lse, drops_keys=key_valid is not None
+        plan,
+        q_BHND,
+        impl=impl,
+        needs_grad=differentiable(q_BHND, k_BHND, v_BHND),
+        needs_lse=needs_lse,
+        drops_keys=key_valid is not None,
     )
     scale = q_BHND.shape[-1] ** -0.5 if scale is None else scale
     return kernel_named(choice.name).attention(plan, q_BHND, k_BHND, v_BHND, scale, key_valid)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from falloff.kernels.errors import UnsupportedError
 from falloff.kernels.kernel import Kernel
-from falloff.kernels.needs import Needs
+from falloff.kernels.needs import Needs, differentiable
 from falloff.kernels.trial import Trial
 from falloff.kernels.vendor.lists import from_order, in_order, kept, lists
-from falloff.kernels.vendor.probe import BY_NAME, HALVES, missing, unserved, wrong_type
+from falloff.kernels.vendor.probe import BY_NAME, HALVES, missing, unserved, wrong_blocks, wrong_type
 from falloff.plan import Plan
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def attention(
     from torch.nn.attention.flex_attention import AuxRequest
 
     on_cpu = q_BHND.device.type == "cpu"
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHND, k_BHND, v_BHND))
+    grad = differentiable(q_BHND, k_BHND, v_BHND)
     mask = kept(plan, ("flex", grad), lambda: block_mask(plan, transposed=grad))
     more: dict[str, Any] = {} if on_cpu else {"return_aux": AuxRequest(lse=True), "kernel_options": _tiles(plan)}
     run = _compiled(q_BHND.device, q_BHND.dtype, *q_BHND.shape[:2], q_BHND.shape[3], mask.BLOCK_SIZE, scale, grad)
@@ -81,19 +81,15 @@ def absent() -> str | None:
 
 
 def refuse(needs: Needs) -> str | None:
-    plan, device = needs.plan, needs.q_BHND.device
-    if not isinstance(plan.q_sizes, int) or not isinstance(plan.kv_sizes, int):
-        return "its blocks are of one size, the plan's vary"
+    device = needs.q_BHND.device
     if device.type == "cpu":
-        why = wrong_type(needs, (torch.float32, *HALVES), range(1, 257))
+        why = wrong_blocks(needs, 1, 1) or wrong_type(needs, (torch.float32, *HALVES), range(1, 257))
         return why or unserved(needs, lse=False) or _cpu_absent()
     if device.type != "cuda":
         return f"it runs on CPUs and CUDA GPUs, the tensors are on {device}"
     tile = BACKWARD_TILE if needs.grad else TILE
-    if plan.q_sizes % tile or plan.kv_sizes % tile:
-        what = "backward" if needs.grad else "forward"
-        return f"its {what} takes blocks that are multiples of {tile}, the plan's are {plan.q_sizes} x {plan.kv_sizes}"
-    return wrong_type(needs, (torch.float32, *HALVES), range(16, 257)) or unserved(needs, grad=True)
+    why = wrong_blocks(needs, tile, tile) or wrong_type(needs, (torch.float32, *HALVES), range(16, 257))
+    return why or unserved(needs, grad=True)
 
 
 def trial() -> Trial:

@@ -35,6 +35,17 @@ def lists(blocks: BlockMap, width: int | None = None) -> Lists:
     return Lists(count.to(torch.int32).view(blocks.shape[:3]), ids.view(*blocks.shape[:3], width))
 
 
+def refined(plan: Plan, q_tile: int, kv_tile: int) -> BlockMap:
+    """The plan's map on tiles that divide its blocks, which are uniform."""
+    assert isinstance(plan.q_sizes, int)
+    assert isinstance(plan.kv_sizes, int)
+    if (plan.q_sizes, plan.kv_sizes) == (q_tile, kv_tile):
+        return plan.blocks
+    fine = plan.blocks.dense().repeat_interleave(plan.q_sizes // q_tile, 2)
+    fine = fine.repeat_interleave(plan.kv_sizes // kv_tile, 3)
+    return BlockMap.from_dense(fine[:, :, : -(-plan.q_len // q_tile), : -(-plan.kv_len // kv_tile)])
+
+
 def in_order(x_BHND: Tensor, order: Tensor | None) -> Tensor:
     """Tokens in a plan's order, which may differ from head to head."""
     if order is None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Container
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -18,31 +19,37 @@ HALVES = (torch.float16, torch.bfloat16)
 @cache
 def missing(module: str, remedy: str) -> str | None:
     """Why a module cannot be imported, and what to do about it."""
-    try:
-        found = module in sys.modules or find_spec(module) is not None
-    except ModuleNotFoundError:  # the package above it
-        found = False
-    return None if found else f"{module} is not installed; {remedy}"
+    return None if module in sys.modules or _found(module) else f"{module} is not installed; {remedy}"
 
 
-def wrong_gpu(archs: tuple[int, ...], device: torch.device | None = None) -> str | None:
-    """Why the GPU (the current one unless given) is not of one of these compute capabilities, 90 for 9.0."""
-    if device is not None and device.type != "cuda":
-        return f"it runs on CUDA GPUs, the tensors are on {device}"
-    if not torch.cuda.is_available():
-        return "it runs on CUDA GPUs, none was found"
-    if (have := arch(device)) in archs:
+def _found(module: str) -> bool:
+    """Whether a module is there; Python's own search would import the package that holds it."""
+    root, *inner = module.split(".")
+    spec = find_spec(root)
+    if spec is None or not inner:
+        return spec is not None
+    return any(Path(folder, *inner).is_dir() for folder in spec.submodule_search_locations or ())
+
+
+def arch(device: torch.device | None = None) -> int | None:
+    """The compute capability of a CUDA GPU (the current one unless given) as one number, 90 for 9.0."""
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return None
-    return f"it runs on GPUs of compute capability {spoken(*archs)}, this one has {spoken(have)}"
-
-
-def arch(device: torch.device | None = None) -> int:
-    """The compute capability of a GPU as one number: 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-def spoken(*archs: int) -> str:
+def wrong_gpu(archs: tuple[int, ...], device: torch.device | None = None) -> str | None:
+    """Why a GPU (the current one unless given) is not of one of these compute capabilities."""
+    have = arch(device)
+    if have in archs:
+        return None
+    if have is not None:
+        return f"it runs on GPUs of compute capability {_spoken(*archs)}, this one has {_spoken(have)}"
+    return "it runs on CUDA GPUs, " + ("none was found" if device is None else f"the tensors are on {device}")
+
+
+def _spoken(*archs: int) -> str:
     return ", ".join(f"{a // 10}.{a % 10}" for a in archs)
 
 
@@ -55,14 +62,14 @@ def wrong_type(needs: Needs, dtypes: Container[torch.dtype], head_dims: Containe
     return None
 
 
-def wrong_blocks(needs: Needs, q_block: int, kv_block: int) -> str | None:
-    """Why the plan's blocks are not of just this size; a finer kernel takes a plan's ``refine``."""
+def wrong_blocks(needs: Needs, q_tile: int, kv_tile: int) -> str | None:
+    """Why the plan's blocks cannot be cut into tiles of this size."""
     plan = needs.plan
-    if (plan.q_sizes, plan.kv_sizes) == (q_block, kv_block):
-        return None
-    if isinstance(plan.q_sizes, int) and isinstance(plan.kv_sizes, int):
-        return f"its blocks are {q_block} x {kv_block}, the plan's are {plan.q_sizes} x {plan.kv_sizes}"
-    return f"its blocks are {q_block} x {kv_block}, the plan's vary in size"
+    if not isinstance(plan.q_sizes, int) or not isinstance(plan.kv_sizes, int):
+        return "its blocks are of one size, the plan's vary"
+    if plan.q_sizes % q_tile or plan.kv_sizes % kv_tile:
+        return f"it takes blocks that are multiples of {q_tile} x {kv_tile}, got {plan.q_sizes} x {plan.kv_sizes}"
+    return None
 
 
 def unserved(needs: Needs, *, lse: bool = True, grad: bool = False) -> str | None:
