@@ -59,13 +59,13 @@ def order(seed: int, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
 
 
-def agrees(name: str, plan: Plan, seed: int = 0) -> None:
-    q, k, v = inputs(seed, plan)
-    expected, expected_lse = run(plan, q, k, v, scale=0.2, impl="reference")
+def agrees(name: str, plan: Plan, seed: int = 0, batch: int = BATCH, scale: float = 0.2) -> None:
+    q, k, v = (x[:batch] for x in inputs(seed, plan))
+    expected, expected_lse = run(plan, q, k, v, scale=scale, impl="reference")
     if name == "sparge":
-        out = attend(plan, q, k, v, scale=0.2, impl=name)
+        out = attend(plan, q, k, v, scale=scale, impl=name)
     else:
-        out, lse = run(plan, q, k, v, scale=0.2, impl=name)
+        out, lse = run(plan, q, k, v, scale=scale, impl=name)
         torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-4)
     assert out.dtype == q.dtype
     error = (out.float() - expected.float()).norm() / expected.float().norm()
@@ -89,6 +89,13 @@ def test_adapters_agree_with_the_reference(install: Install, name: str, kind: st
     install(name)
     assert not PLANS["queries that see nothing"].blocks.start.diff().all()
     agrees(name, PLANS[kind])
+
+
+@every_standin
+def test_a_plan_serves_calls_of_other_batches_and_scales(install: Install, name: str) -> None:
+    install(name)
+    for batch, scale in ((2, 0.2), (1, 0.2), (2, 0.05)):
+        agrees(name, PLANS["whole blocks, one map"], batch=batch, scale=scale)
 
 
 def test_blocks_of_any_size_for_those_who_take_them(install: Install) -> None:
