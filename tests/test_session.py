@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from falloff import Full, Grid, Method, Radial, Schedule
+from falloff.kernels import UnsupportedError, reference, run
+from falloff.kernels.choose import OWN
+from falloff.kernels.kernel import Kernel
 from falloff.methods import Call, State
 from falloff.session import PLANS_KEPT, DenseBackend, MethodError, Position, Seat, Session
 
@@ -55,6 +59,25 @@ def test_plan_is_run_and_noted() -> None:
     assert (call.run, call.model, call.layer, call.reason) == (0, 0, 1, None)
     assert call.density == pytest.approx(5 / 9)
     assert call.attention_seconds > 0
+
+
+def test_a_named_kernel_without_an_lse_serves_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    lean = Kernel(
+        "lean",
+        "tests",
+        lambda *call: (reference.attention(*call)[0], None),
+        lambda: None,
+        lambda needs: "it gives no LSE" if needs.lse else None,
+        by_name="by name only",
+    )
+    monkeypatch.setattr(sys.modules["falloff.kernels.choose"], "KERNELS", (*OWN, lean))
+    here = session(kernel="lean")
+    torch.testing.assert_close(attend(here, Grid(3, 2, 2)), attend(session(), Grid(3, 2, 2)))
+    report = here.report()
+    assert report.calls[0].kernel == "lean"
+    q, k, v = (x.transpose(1, 2) for x in qkv(12))
+    with pytest.raises(UnsupportedError, match="gives no LSE"):
+        run(report.plan, q, k, v, impl="lean")
 
 
 def test_key_validity_and_scale_reach_kernel_and_backend() -> None:

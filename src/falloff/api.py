@@ -124,8 +124,8 @@ def attention(
     key_valid: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention over a plan's pairs, [B, H, Nq, D]; see ``falloff.kernels.run``, which also returns the LSE."""
-    return kernels.run(plan, q_BHND, k_BHND, v_BHND, scale=scale, key_valid=key_valid, impl=impl)[0]
+    """Attention over a plan's pairs, [B, H, Nq, D]; ``falloff.kernels.run`` also returns the LSE."""
+    return kernels.attend(plan, q_BHND, k_BHND, v_BHND, scale=scale, key_valid=key_valid, impl=impl)
 
 
 def _models(pipe: Any) -> list[nn.Module]:

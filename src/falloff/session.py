@@ -266,7 +266,7 @@ class Session:
                 needs_lse=False,
                 drops_keys=key_valid is not None,
             )
-            out = kernels.run(plan, q, k, v, scale=scale, key_valid=key_valid, impl=choice.name)[0].transpose(1, 2)
+            out = kernels.attend(plan, q, k, v, scale=scale, key_valid=key_valid, impl=choice.name).transpose(1, 2)
             note.update(density=plan.density, kernel=choice.name, reason=None)
             self._last_plan, self._last_choice = plan, choice
         self._note(seat, note, watch.stop() if watch else None)
@@ -295,8 +295,7 @@ class Session:
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         plan = self._cached_plan(seat, _sequence(seat, grid, q.shape[2]), q, k, v)
         assert isinstance(plan, Plan)  # it was one when the call was first run
-        out, _ = kernels.run(plan, q, k, v, scale=scale, key_valid=key_valid, impl=self.kernel)
-        return out.transpose(1, 2)
+        return kernels.attend(plan, q, k, v, scale=scale, key_valid=key_valid, impl=self.kernel).transpose(1, 2)
 
     def report(self) -> Report:
         """What the last run did."""

@@ -12,6 +12,7 @@ def doctor(
     json_: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
     """Show versions, devices, and every kernel: can it run here, and if not, why."""
+    typer.echo("trying kernels of others; the first time, some are compiled for up to a minute", err=True)
     found = examine()
     if json_:
         typer.echo(json.dumps(found, indent=2))
@@ -37,5 +38,5 @@ def examine() -> dict[str, Any]:
     return {
         "versions": missing | machine.versions(),
         "machine": machine.describe(device),
-        "kernels": [{"name": name, "can_run": can, "why": why} for name, can, why in kernels.available()],
+        "kernels": [{"name": name, "can_run": can, "why": why} for name, can, why in kernels.available(prove=True)],
     }

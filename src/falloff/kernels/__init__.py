@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from falloff.kernels.check import check_call
 from falloff.kernels.choose import Choice, available, choose, kernel_named
 from falloff.kernels.errors import KernelError, UnsupportedError
 from falloff.kernels.merge import merge
+from falloff.kernels.needs import differentiable
 from falloff.plan import Plan
 
-__all__ = ["Choice", "KernelError", "UnsupportedError", "available", "choose", "merge", "run"]
+__all__ = ["Choice", "KernelError", "UnsupportedError", "attend", "available", "choose", "merge", "run"]
 
 
 def run(
@@ -34,8 +34,44 @@ def run(
     Raises ``KernelError`` when the tensors do not fit the plan, ``UnsupportedError`` when the kernel named by
     ``impl`` cannot run the call.
     """
+    out, lse = _attend(plan, q_BHND, k_BHND, v_BHND, scale, key_valid, impl, needs_lse=True)
+    assert lse is not None  # a kernel without one refuses
+    return out, lse
+
+
+def attend(
+    plan: Plan,
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    *,
+    scale: float | None = None,
+    key_valid: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """As ``run`` for callers without need of an LSE, whom more kernels serve: out [B, H, Nq, D]."""
+    return _attend(plan, q_BHND, k_BHND, v_BHND, scale, key_valid, impl, needs_lse=False)[0]
+
+
+def _attend(
+    plan: Plan,
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    scale: float | None,
+    key_valid: Tensor | None,
+    impl: str,
+    *,
+    needs_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     check_call(plan, q_BHND, k_BHND, v_BHND, key_valid)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHND, k_BHND, v_BHND))
-    choice = choose(plan, q_BHND, impl=impl, needs_grad=needs_grad, drops_keys=key_valid is not None)
+    choice = choose(
+        plan,
+        q_BHND,
+        impl=impl,
+        needs_grad=differentiable(q_BHND, k_BHND, v_BHND),
+        needs_lse=needs_lse,
+        drops_keys=key_valid is not None,
+    )
     scale = q_BHND.shape[-1] ** -0.5 if scale is None else scale
     return kernel_named(choice.name).attention(plan, q_BHND, k_BHND, v_BHND, scale, key_valid)

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
-from falloff.kernels import cpu, cpu_tile, reference
+from falloff.kernels import cpu, cpu_tile, proof, reference
 from falloff.kernels.errors import UnsupportedError
+from falloff.kernels.kernel import Kernel
 from falloff.kernels.needs import Needs
+from falloff.kernels.vendor import VENDOR
 from falloff.plan import Plan
 
-Attention = Callable[[Plan, Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
-
-
-class Kernel(NamedTuple):
-    """One way to run a plan. ``absent`` says why it cannot run on this machine, ``refuse`` why not this call.
-
-    ``rough_lse``: its LSE is no more exact than bfloat16 scores allow; ``auto`` then leaves it to calls without one.
-    """
-
-    name: str
-    good_for: str
-    attention: Attention
-    absent: Callable[[], str | None]
-    refuse: Callable[[Needs], str | None]
-    rough_lse: bool = False
-
-
-KERNELS = (
+OWN = (
     Kernel(
         "cpu-tile",
         "bfloat16 inference on CPUs that multiply bfloat16",
@@ -48,6 +31,7 @@ KERNELS = (
         lambda needs: None,
     ),
 )
+KERNELS = (*OWN, *VENDOR)
 """In the order of preference of ``auto``."""
 
 
@@ -77,7 +61,7 @@ def choose(
     Raises ``UnsupportedError`` when ``impl`` names a kernel that is unknown or cannot run this call.
     """
     needs = Needs(plan, q_BHND, grad=needs_grad, lse=needs_lse, drops_keys=drops_keys)
-    refusals = {kernel.name: kernel.absent() or kernel.refuse(needs) for kernel in KERNELS}
+    refusals = {kernel.name: _refusal(kernel, needs, named=kernel.name == impl) for kernel in KERNELS}
     if impl == "auto":
         rough = {kernel.name: "its LSE is rough, and the call needs one" for kernel in KERNELS if kernel.rough_lse}
         refusals = {name: why or (rough.get(name) if needs_lse else None) for name, why in refusals.items()}
@@ -99,7 +83,22 @@ def kernel_named(name: str) -> Kernel:
     raise UnsupportedError(f"unknown kernel {name!r}; choose auto or one of {known}")
 
 
-def available() -> list[tuple[str, bool, str]]:
-    """(name, can it run on this machine, why) of every kernel."""
-    reasons = [(kernel, kernel.absent()) for kernel in KERNELS]
-    return [(kernel.name, why is None, why or kernel.good_for) for kernel, why in reasons]
+def available(*, prove: bool = False) -> list[tuple[str, bool, str]]:
+    """(name, can it run on this machine, why) of every kernel; with ``prove``, foreign ones are tried."""
+    reasons = [(kernel, kernel.absent() or (_unproved(kernel) if prove else None)) for kernel in KERNELS]
+    return [(kernel.name, why is None, why or _what(kernel)) for kernel, why in reasons]
+
+
+def _refusal(kernel: Kernel, needs: Needs, *, named: bool) -> str | None:
+    """Why a kernel does not run a call. One that ``auto`` never takes is looked into only when it is named."""
+    if kernel.by_name is not None and not named:
+        return kernel.by_name
+    return kernel.absent() or kernel.refuse(needs) or proof.fault(kernel, needs)
+
+
+def _unproved(kernel: Kernel) -> str | None:
+    return None if kernel.trial is None else proof.verdict(kernel, kernel.trial())
+
+
+def _what(kernel: Kernel) -> str:
+    return kernel.good_for if kernel.by_name is None else f"{kernel.good_for}; {kernel.by_name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from falloff.plan import Plan
@@ -18,3 +19,8 @@ class Needs:
     grad: bool = False
     lse: bool = True
     drops_keys: bool = False
+
+
+def differentiable(*tensors: Tensor) -> bool:
+    """Whether a gradient may be asked of what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
