@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from falloff.kernels import cpu, cpu_tile, reference
+from falloff.kernels import cpu, cpu_tile, reference, triton
 from falloff.kernels.errors import UnsupportedError
 from falloff.kernels.needs import Needs
 from falloff.plan import Plan
@@ -40,6 +40,7 @@ KERNELS = (
         rough_lse=True,
     ),
     Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, cpu.refuse),
+    Kernel("triton", "NVIDIA GPUs, forward and backward", triton.attention, triton.absent, triton.refuse),
     Kernel(
         "reference",
         "any device; memory grows with the square of the tokens",
