@@ -31,8 +31,8 @@ def delta_kernel(
     ok = tokens < q_len
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
-    out_rows = load_rows(out + b * out_b + h * out_h, 0, tokens, out_n, ok, D, WIDTH, True).to(tl.float32)
-    d_out_rows = load_rows(d_out + b * d_out_b + h * d_out_h, 0, tokens, d_out_n, ok, D, WIDTH, True).to(tl.float32)
+    out_rows = load_rows(out + b * out_b + h * out_h, tokens, out_n, ok, D, WIDTH, True).to(tl.float32)
+    d_out_rows = load_rows(d_out + b * d_out_b + h * d_out_h, tokens, d_out_n, ok, D, WIDTH, True).to(tl.float32)
     sums = tl.sum(out_rows * d_out_rows, 1)
     if LSE:
         sums -= tl.load(d_lse + head * q_len + tokens, mask=ok, other=0.0)
@@ -50,8 +50,8 @@ def dq_kernel(
     """One task of queries: their gradient over the keys that their list names."""
     map_id, row, first, count, b, h = place(tasks, heads, map_heads)
     tokens, ok = own_tokens(q_order, map_id, q_order_stride, first, count, OWN, Q_ORDERED)
-    q_rows = load_rows(q + b * q_b + h * q_h, 0, tokens, q_n, ok, D, WIDTH, True)
-    d_out_rows = load_rows(d_out + b * d_out_b + h * d_out_h, 0, tokens, d_out_n, ok, D, WIDTH, True)
+    q_rows = load_rows(q + b * q_b + h * q_h, tokens, q_n, ok, D, WIDTH, True)
+    d_out_rows = load_rows(d_out + b * d_out_b + h * d_out_h, tokens, d_out_n, ok, D, WIDTH, True)
     lse_rows = _binary_lse(lse + (b * heads + h) * q_len, tokens, ok)
     delta_rows = tl.load(delta + (b * heads + h) * q_len + tokens, mask=ok, other=0.0)
     k += b * k_b + h * k_h
@@ -85,11 +85,11 @@ def _visit_keys(
     ORDERED: tl.constexpr, VALID: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add ``dS K`` of one tile of keys."""
-    begin, offsets, ok = listed_tokens(entries, tile, kv_len, kv_order, OTHER, UNIT, PACKED, ORDERED)
+    tokens, ok = listed_tokens(entries, tile, kv_len, kv_order, OTHER, UNIT, PACKED, ORDERED)
     if VALID:
-        ok = ok & (tl.load(key_valid + begin + offsets, mask=ok, other=0) != 0)
-    k_rows = load_rows(k, begin, offsets, k_n, ok, D, WIDTH, MASKED)
-    v_rows = load_rows(v, begin, offsets, v_n, ok, D, WIDTH, MASKED)
+        ok = ok & (tl.load(key_valid + tokens, mask=ok, other=0) != 0)
+    k_rows = load_rows(k, tokens, k_n, ok, D, WIDTH, MASKED)
+    v_rows = load_rows(v, tokens, v_n, ok, D, WIDTH, MASKED)
     scores = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
     weights = tl.exp2(scores * (scale * 1.4426950408889634) - lse_rows[:, None])
     if MASKED:
@@ -113,8 +113,8 @@ def dkv_kernel(
     seen = ok
     if VALID:
         seen = ok & (tl.load(key_valid + b * kv_len + tokens, mask=ok, other=0) != 0)
-    k_rows = load_rows(k + b * k_b + h * k_h, 0, tokens, k_n, seen, D, WIDTH, True)
-    v_rows = load_rows(v + b * v_b + h * v_h, 0, tokens, v_n, seen, D, WIDTH, True)
+    k_rows = load_rows(k + b * k_b + h * k_h, tokens, k_n, seen, D, WIDTH, True)
+    v_rows = load_rows(v + b * v_b + h * v_h, tokens, v_n, seen, D, WIDTH, True)
     q += b * q_b + h * q_h
     d_out += b * d_out_b + h * d_out_h
     lse += (b * heads + h) * q_len
@@ -124,20 +124,11 @@ def dkv_kernel(
 
     dk_rows = tl.zeros([OWN, WIDTH], tl.float32)
     dv_rows = tl.zeros([OWN, WIDTH], tl.float32)
-    ragged = 0
-    if not PACKED:
-        ragged = ragged_tiles(entries, tiles, q_len, OTHER, UNIT)
-    for tile in tl.range(0, tiles - ragged):
+    for tile in tl.range(0, tiles):
         dk_rows, dv_rows = _visit_queries(
             dk_rows, dv_rows, k_rows, v_rows, q, d_out, lse, delta, q_n, d_out_n, entries, tile, q_len, q_order, scale,
-            D, WIDTH, OTHER, UNIT, PACKED, Q_ORDERED, PACKED,
+            D, WIDTH, OTHER, UNIT, PACKED, Q_ORDERED,
         )  # fmt: skip
-    if not PACKED:
-        for tile in tl.range(tiles - ragged, tiles, num_stages=1):
-            dk_rows, dv_rows = _visit_queries(
-                dk_rows, dv_rows, k_rows, v_rows, q, d_out, lse, delta, q_n, d_out_n, entries, tile, q_len, q_order,
-                scale, D, WIDTH, OTHER, UNIT, PACKED, Q_ORDERED, True,
-            )  # fmt: skip
     if VALID:  # a dropped key was read as zeros, which queries do see
         dk_rows = tl.where(seen[:, None], dk_rows, 0.0)
         dv_rows = tl.where(seen[:, None], dv_rows, 0.0)
@@ -149,14 +140,14 @@ def dkv_kernel(
 def _visit_queries(
     dk_rows, dv_rows, k_rows, v_rows, q, d_out, lse, delta, q_n, d_out_n, entries, tile, q_len, q_order, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, OTHER: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
-    ORDERED: tl.constexpr, MASKED: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """Add ``dS^T Q`` and ``P^T dO`` of one tile of queries; an absent query has weight 0."""
-    begin, offsets, ok = listed_tokens(entries, tile, q_len, q_order, OTHER, UNIT, PACKED, ORDERED)
-    q_rows = load_rows(q, begin, offsets, q_n, ok, D, WIDTH, MASKED)
-    d_out_rows = load_rows(d_out, begin, offsets, d_out_n, ok, D, WIDTH, MASKED)
-    lse_rows = _binary_lse(lse, begin + offsets, ok)
-    delta_rows = tl.load(delta + begin + offsets, mask=ok, other=0.0)
+    """Add ``dS^T Q`` and ``P^T dO`` of one tile of queries. An absent one is read as zeros and has weight 0."""
+    tokens, ok = listed_tokens(entries, tile, q_len, q_order, OTHER, UNIT, PACKED, ORDERED)
+    q_rows = load_rows(q, tokens, q_n, ok, D, WIDTH, True)
+    d_out_rows = load_rows(d_out, tokens, d_out_n, ok, D, WIDTH, True)
+    lse_rows = _binary_lse(lse, tokens, ok)
+    delta_rows = tl.load(delta + tokens, mask=ok, other=0.0)
     scores = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee")
     weights = tl.exp2(scores * (scale * 1.4426950408889634) - lse_rows[None, :])
     dv_rows = tl.dot(weights.to(d_out_rows.dtype), d_out_rows, dv_rows, input_precision="ieee")

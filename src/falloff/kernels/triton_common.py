@@ -56,39 +56,31 @@ def ragged_tiles(entries, tiles, length, TILE: tl.constexpr, UNIT: tl.constexpr)
 def listed_tokens(
     entries, tile, length, order, TILE: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr, ORDERED: tl.constexpr
 ):
-    """Tokens ``start + offsets`` [TILE] (int64) of a list's tile, and which of them there are.
-
-    Where blocks are whole, the offsets are the same for every tile, so that the compiler computes their part of
-    the addresses once.
-    """
+    """Tokens [TILE] (int64) of a list's tile, and which of them there are."""
     lane = tl.arange(0, TILE)
     if PACKED:
         entry = tl.load(entries + tile * (TILE // UNIT) + lane // UNIT)
         inside = lane % UNIT
         ok = inside < entry % 32
-        start = tl.zeros([], tl.int64)
-        offsets = (entry // 32 + inside).to(tl.int64)
+        tokens = (entry // 32 + inside).to(tl.int64)
     else:
         column = tl.load(entries + tile // (UNIT // TILE)).to(tl.int64)
-        start = column * UNIT + tile % (UNIT // TILE) * TILE
-        ok = start + lane < length
-        offsets = lane.to(tl.int64)
+        tokens = column * UNIT + tile % (UNIT // TILE) * TILE + lane
+        ok = tokens < length
     if ORDERED:
-        offsets = tl.load(order + start + offsets, mask=ok, other=0).to(tl.int64)
-        start = tl.zeros([], tl.int64)
-    return start, offsets, ok
+        tokens = tl.load(order + tokens, mask=ok, other=0).to(tl.int64)
+    return tokens, ok
 
 
 @triton.jit
-def load_rows(
-    base, start, offsets, stride, ok, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
-):
+def load_rows(base, tokens, stride, ok, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     """Rows of tokens [TILE, WIDTH]: zero beyond D channels and, if ``MASKED``, where there is no token."""
     channel = tl.arange(0, WIDTH)
-    pointers = base + start * stride + (offsets[:, None] * stride + channel[None, :])
-    if MASKED:
-        mask = ok[:, None] & (channel < D)[None, :] if D != WIDTH else ok[:, None]
-        rows = tl.load(pointers, mask=mask, other=0.0)
+    pointers = base + (tokens[:, None] * stride + channel[None, :])
+    if MASKED and D != WIDTH:
+        rows = tl.load(pointers, mask=ok[:, None] & (channel < D)[None, :], other=0.0)
+    elif MASKED:
+        rows = tl.load(pointers, mask=ok[:, None], other=0.0)
     elif D != WIDTH:
         rows = tl.load(pointers, mask=(channel < D)[None, :], other=0.0)
     else:

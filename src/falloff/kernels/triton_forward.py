@@ -27,7 +27,7 @@ def forward_kernel(
     """One task of queries: out and natural-log LSE. ``scale`` must be positive."""
     map_id, row, first, count, b, h = place(tasks, heads, map_heads)
     tokens, ok = own_tokens(q_order, map_id, q_order_stride, first, count, OWN, Q_ORDERED)
-    q_rows = load_rows(q + b * q_b + h * q_h, 0, tokens, q_n, ok, D, WIDTH, True)
+    q_rows = load_rows(q + b * q_b + h * q_h, tokens, q_n, ok, D, WIDTH, True)
     scale = scale * 1.4426950408889634  # weights are powers of two
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
@@ -67,10 +67,10 @@ def _visit(
     ORDERED: tl.constexpr, VALID: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into the running sum of weighted values, largest score and sum of weights."""
-    begin, offsets, ok = listed_tokens(entries, tile, kv_len, kv_order, OTHER, UNIT, PACKED, ORDERED)
+    tokens, ok = listed_tokens(entries, tile, kv_len, kv_order, OTHER, UNIT, PACKED, ORDERED)
     if VALID:
-        ok = ok & (tl.load(key_valid + begin + offsets, mask=ok, other=0) != 0)
-    k_rows = load_rows(k, begin, offsets, k_n, ok, D, WIDTH, MASKED)
+        ok = ok & (tl.load(key_valid + tokens, mask=ok, other=0) != 0)
+    k_rows = load_rows(k, tokens, k_n, ok, D, WIDTH, MASKED)
     scores = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
     if MASKED:
         scores = tl.where(ok[None, :], scores, -float("inf"))
@@ -80,6 +80,6 @@ def _visit(
         shift = tl.where(higher == -float("inf"), 0.0, higher)
     weights = tl.exp2(scores * scale - shift[:, None])
     fade = tl.exp2(high - shift)
-    v_rows = load_rows(v, begin, offsets, v_n, ok, D, WIDTH, MASKED)
+    v_rows = load_rows(v, tokens, v_n, ok, D, WIDTH, MASKED)
     acc = tl.dot(weights.to(v_rows.dtype), v_rows, acc * fade[:, None], input_precision="ieee")
     return acc, higher, total * fade + tl.sum(weights, 1)
