@@ -96,7 +96,7 @@ def test_a_map_merged_with_its_complement_is_dense(impl, case):
 
 
 @every_kernel
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30][: 1 if INTERPRETING else None])
 def test_invalid_keys_never_influence_a_result(impl, poison):
     q, k, v = qkv(0, 2, 2, 21, 37, 8, torch.float32)
     valid = torch.rand(2, 37, generator=torch.Generator().manual_seed(2)) < 0.6

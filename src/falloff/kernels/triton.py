@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from falloff.kernels.needs import Needs
 from falloff.kernels.triton_lists import PACKED_TOKENS, Lists, Side, lists, orders
-from falloff.kernels.triton_tiles import Pass, Tile, architecture, tile_for
+from falloff.kernels.triton_tiles import HEAD_DIMS, Pass, Tile, architecture, tile_for
 from falloff.plan import Plan
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = HEAD_DIMS[-1]
 
 
 def absent() -> str | None:
@@ -150,14 +150,21 @@ def _launch(
         VALID=key_valid is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=True,  # the default of Triton 3.9, which warns of another to come
     )
 
 
 def _work(phase: Pass, plan: Plan, q: Tensor) -> tuple[Lists, Tile]:
-    arch = architecture(torch.cuda.get_device_capability(q.device)) if q.is_cuda else 120
+    arch, dtype = 80, torch.float16  # the interpreter knows no limits, so it runs any tiles
+    if q.is_cuda:
+        arch, dtype = architecture(torch.cuda.get_device_capability(q.device)), q.dtype
     side: Side = "kv" if phase == "dkv" else "q"
-    own, other = (plan.q_sizes, plan.kv_sizes) if side == "q" else (plan.kv_sizes, plan.q_sizes)
-    tile = tile_for(arch, phase, q.shape[3], q.dtype, own, other)
+    length, sizes, count = (
+        (plan.q_len, plan.q_sizes, plan.blocks.shape[2])
+        if side == "q"
+        else (plan.kv_len, plan.kv_sizes, plan.blocks.shape[3])
+    )
+    tile = tile_for(arch, phase, q.shape[3], dtype, sizes, length / count)
     return lists(plan, side, tile.own, tile.other), tile
 
 
@@ -181,6 +188,7 @@ def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
         WIDTH=width(head_dim),
         TILE=rows,
         LSE=d_lse is not None,
+        enable_fp_fusion=True,
     )
     return delta
 

@@ -1,6 +1,7 @@
 """Tile sizes by architecture: data. Every row is compiled in the tests, which hold it to its chip's limits.
 
-A program takes up to ``own`` tokens of its side, ``other`` tokens of the other side at a time.
+A program takes up to ``own`` tokens of its side, ``other`` tokens of the other side at a time. The compiler holds
+``(stages + 1) // 2`` tiles of a list in flight, one hop for the list and one for what it names.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from falloff.plan import Sizes
 
 Pass = Literal["forward", "dq", "dkv"]
 
+HEAD_DIMS = (128, 256)
+"""Largest head dim of each class: smaller heads run on the same tiles, with registers and memory to spare."""
+RAGGED = 512
+"""Mean block size from which large tiles suit blocks that do not fill them: a block's last is half empty on average."""
+
 
 class Tile(NamedTuple):
     own: int
@@ -21,25 +27,47 @@ class Tile(NamedTuple):
     stages: int
 
 
-TABLE: dict[tuple[int, Pass, int, int], tuple[Tile, ...]] = {
-    (arch, p, width, byte): (Tile(64, 64, 4, 2),)
-    for arch in (80, 89, 90, 100, 120)
-    for p in ("forward", "dq", "dkv")
-    for width in (64, 128, 256)
-    for byte in (2, 4)
+_SMALL: dict[tuple[Pass, int], tuple[Tile, ...]] = {
+    ("forward", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    ("forward", 256): (Tile(64, 32, 8, 3),),
+    ("dq", 128): (Tile(64, 64, 8, 3),),
+    ("dq", 256): (Tile(32, 32, 8, 3),),
+    ("dkv", 128): (Tile(64, 64, 8, 3),),
+    ("dkv", 256): (Tile(32, 32, 8, 3),),
 }
-"""(architecture, pass, channels at most, bytes an element) -> tiles, the most efficient first; the last fits any plan."""
+_LARGE = _SMALL | {
+    ("forward", 128): (Tile(128, 64, 8, 5), Tile(64, 64, 4, 5)),
+    ("forward", 256): (Tile(128, 32, 8, 5), Tile(64, 32, 8, 3)),
+    ("dq", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),
+}
+HALF: dict[int, dict[tuple[Pass, int], tuple[Tile, ...]]] = {
+    80: _SMALL | {("forward", 128): (Tile(128, 64, 8, 5), Tile(64, 64, 4, 3))},
+    89: _SMALL,
+    90: _LARGE,
+    100: _LARGE,
+    120: _SMALL,
+}
+"""Of 16-bit tensors: architecture -> (pass, head dims up to) -> tiles, the most efficient first."""
+FULL = Tile(16, 16, 4, 2)
+"""Of float32, everywhere: multiplied without tensor cores, which round it."""
 
 
-def tile_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype, own: Sizes, other: Sizes) -> Tile:
-    """The first tile that wastes nothing on blocks of these sizes, else the last."""
-    width = next(width for width in (64, 128, 256) if head_dim <= width)
-    tiles = TABLE[arch, phase, width, dtype.itemsize]
-    return next((tile for tile in tiles if _fits(tile.own, own) and _divides(tile.other, other)), tiles[-1])
+def tiles_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tiles to choose from."""
+    if dtype.itemsize == 4:
+        return (FULL,)
+    return HALF[arch][phase, next(most for most in HEAD_DIMS if head_dim <= most)]
+
+
+def tile_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype, sizes: Sizes, mean: float) -> Tile:
+    """The first tile that suits blocks of these sizes, of ``mean`` tokens on average; else the last."""
+    tiles = tiles_for(arch, phase, head_dim, dtype)
+    filled = (tile for tile in tiles if mean >= RAGGED or (isinstance(sizes, int) and sizes % tile.own == 0))
+    return next(filled, tiles[-1])
 
 
 def architecture(capability: tuple[int, int]) -> int:
-    """The row of the table for a compute capability; an unknown chip gets its family's least shared memory."""
+    """The row of the table for a compute capability; an unknown chip gets the least shared memory of its kin."""
     major, minor = capability
     if major >= 12:
         return 120
@@ -48,15 +76,3 @@ def architecture(capability: tuple[int, int]) -> int:
     if major == 9:
         return 90
     return 80 if minor == 0 else 89
-
-
-def _fits(tile: int, sizes: Sizes) -> bool:
-    """Whether blocks fill tiles. A varying block's last tile is half empty on average, so it should take several."""
-    if isinstance(sizes, int):
-        return sizes % tile == 0
-    return True
-
-
-def _divides(tile: int, sizes: Sizes) -> bool:
-    """Whether tiles are filled from whole blocks; varying ones are packed, which fills any tile."""
-    return not isinstance(sizes, int) or sizes % tile == 0
