@@ -17,7 +17,7 @@ def test_auto_says_what_it_picked_and_why_not_the_others():
     q = qkv(0, 1, 1, 8, 8, 4, torch.float32)[0]
     choice = choose(dense_plan(8, 8), q)
     assert choice.name == "cpu"
-    assert dict(choice.skipped).keys() == {"cpu-tile", "reference"}
+    assert dict(choice.skipped).keys() == {"cpu-tile", "triton", "reference"}
     assert all(f"not {name}: {why}" in str(choice) for name, why in choice.skipped)
     assert str(choice).startswith("cpu: ")
 
