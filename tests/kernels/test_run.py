@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from kernel_cases import IMPLS, Case, cases, qkv, random_map, tensors, uniform_plan
+from kernel_cases import IMPLS, INTERPRETING, TOLERANCE, Case, cases, qkv, random_map, tensors, uniform_plan
 
 from falloff.kernels import merge, run
 from falloff.plan import BlockMap, Plan, dense_plan
 
 every_kernel = pytest.mark.parametrize("impl", IMPLS)
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=2 if INTERPRETING else 40, deadline=None)
 
 
-def assert_equal(got, expected, tolerance=1e-10):
+def assert_equal(got, expected, tolerance=TOLERANCE):
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -51,7 +51,7 @@ def test_gradients_equal_the_reference(case):
     grads = []
     generator = torch.Generator().manual_seed(0)
     d_out, d_lse = tensors(generator, *case.q.shape), tensors(generator, *case.q.shape[:3])
-    for impl in IMPLS:
+    for impl in dict.fromkeys(("reference", *IMPLS)):
         leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
         out, lse = run(case.plan, *leaves, key_valid=case.key_valid, impl=impl)
         finite = torch.where(lse.isinf(), 0, lse)
@@ -96,7 +96,7 @@ def test_a_map_merged_with_its_complement_is_dense(impl, case):
 
 
 @every_kernel
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30][: 1 if INTERPRETING else None])
 def test_invalid_keys_never_influence_a_result(impl, poison):
     q, k, v = qkv(0, 2, 2, 21, 37, 8, torch.float32)
     valid = torch.rand(2, 37, generator=torch.Generator().manual_seed(2)) < 0.6
@@ -232,6 +232,7 @@ def test_low_precision_gradients_are_close(impl):
         assert (got.double() - expected).norm() <= 0.02 * expected.norm()
 
 
+@pytest.mark.skipif(INTERPRETING, reason="finite differences need float64; the gradients meet the reference above")
 @every_kernel
 def test_gradcheck_through_both_results_and_a_merge(impl):
     leaves = tuple(x.requires_grad_() for x in qkv(12, 1, 2, 11, 13, 3))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from falloff.kernels import cpu, cpu_tile, proof, reference
+from falloff.kernels import cpu, cpu_tile, proof, reference, triton
 from falloff.kernels.errors import UnsupportedError
 from falloff.kernels.kernel import Kernel
 from falloff.kernels.needs import Needs
@@ -23,6 +23,7 @@ OWN = (
         rough_lse=True,
     ),
     Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, cpu.refuse),
+    Kernel("triton", "NVIDIA GPUs, forward and backward", triton.attention, triton.absent, triton.refuse),
     Kernel(
         "reference",
         "any device; memory grows with the square of the tokens",

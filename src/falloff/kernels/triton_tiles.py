@@ -1,0 +1,78 @@
+"""Tile sizes by architecture: data. Every row is compiled in the tests, which hold it to its chip's limits.
+
+A program takes up to ``own`` tokens of its side, ``other`` tokens of the other side at a time. The compiler holds
+``(stages + 1) // 2`` tiles of a list in flight, one hop for the list and one for what it names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from falloff.plan import Sizes
+
+Pass = Literal["forward", "dq", "dkv"]
+
+HEAD_DIMS = (128, 256)
+"""Largest head dim of each class: smaller heads run on the same tiles, with registers and memory to spare."""
+RAGGED = 512
+"""Mean block size from which large tiles suit blocks that do not fill them: a block's last is half empty on average."""
+
+
+class Tile(NamedTuple):
+    own: int
+    other: int
+    warps: int
+    stages: int
+
+
+_SMALL: dict[tuple[Pass, int], tuple[Tile, ...]] = {
+    ("forward", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    ("forward", 256): (Tile(64, 32, 8, 3),),
+    ("dq", 128): (Tile(64, 64, 8, 3),),
+    ("dq", 256): (Tile(32, 32, 8, 3),),
+    ("dkv", 128): (Tile(64, 64, 8, 3),),
+    ("dkv", 256): (Tile(32, 32, 8, 3),),
+}
+_LARGE = _SMALL | {
+    ("forward", 128): (Tile(128, 64, 8, 5), Tile(64, 64, 4, 5)),
+    ("forward", 256): (Tile(128, 32, 8, 5), Tile(64, 32, 8, 3)),
+    ("dq", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),
+}
+HALF: dict[int, dict[tuple[Pass, int], tuple[Tile, ...]]] = {
+    80: _SMALL | {("forward", 128): (Tile(128, 64, 8, 5), Tile(64, 64, 4, 3))},
+    89: _SMALL,
+    90: _LARGE,
+    100: _LARGE,
+    120: _SMALL,
+}
+"""Of 16-bit tensors: architecture -> (pass, head dims up to) -> tiles, the most efficient first."""
+FULL = Tile(16, 16, 4, 2)
+"""Of float32, everywhere: multiplied without tensor cores, which round it."""
+
+
+def tiles_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tiles to choose from."""
+    if dtype.itemsize == 4:
+        return (FULL,)
+    return HALF[arch][phase, next(most for most in HEAD_DIMS if head_dim <= most)]
+
+
+def tile_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype, sizes: Sizes, mean: float) -> Tile:
+    """The first tile that suits blocks of these sizes, of ``mean`` tokens on average; else the last."""
+    tiles = tiles_for(arch, phase, head_dim, dtype)
+    filled = (tile for tile in tiles if mean >= RAGGED or (isinstance(sizes, int) and sizes % tile.own == 0))
+    return next(filled, tiles[-1])
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """The row of the table for a compute capability; an unknown chip gets the least shared memory of its kin."""
+    major, minor = capability
+    if major >= 12:
+        return 120
+    if major >= 10:
+        return 100
+    if major == 9:
+        return 90
+    return 80 if minor == 0 else 89

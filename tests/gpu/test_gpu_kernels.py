@@ -1,0 +1,90 @@
+"""Every kernel that runs on this GPU against the reference, at the sizes of real heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from falloff.kernels import UnsupportedError, available, choose, run
+from falloff.plan import BlockMap, Plan
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+TOKENS = 3000
+KERNELS = [name for name, here, _ in available() if here and name != "reference"]
+
+
+def uniform(size: int) -> Plan:
+    count = -(-TOKENS // size)
+    generator = torch.Generator().manual_seed(size)
+    blocks = torch.rand(4, count, count, generator=generator) < 0.3
+    blocks |= torch.eye(count, dtype=torch.bool)
+    return Plan(q_len=TOKENS, kv_len=TOKENS, q_sizes=size, kv_sizes=size, blocks=BlockMap.from_dense(blocks))
+
+
+def clusters() -> Plan:
+    """Sizes from none to hundreds and an order of its own in every head, as k-means gives them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sizes(count: int) -> Tensor:
+        cuts = torch.randint(0, TOKENS + 1, (1, 4, count - 1), generator=generator).sort(-1).values
+        ends = torch.cat([cuts, torch.full((1, 4, 1), TOKENS)], -1)
+        return ends.diff(prepend=torch.zeros(1, 4, 1, dtype=torch.int64))
+
+    return Plan(
+        q_len=TOKENS,
+        kv_len=TOKENS,
+        q_sizes=sizes(20),
+        kv_sizes=sizes(70),
+        q_order=torch.rand(1, 4, TOKENS, generator=generator).argsort(-1),
+        kv_order=torch.rand(1, 4, TOKENS, generator=generator).argsort(-1),
+        blocks=BlockMap.from_dense(torch.rand(4, 20, 70, generator=generator) < 0.3),
+        partial=True,
+    )
+
+
+PLANS = {"blocks of 128": lambda: uniform(128), "blocks of 64": lambda: uniform(64), "clusters": clusters}
+
+
+def results(plan: Plan, inputs: list[Tensor], impl: str, key_valid: Tensor | None) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out, lse = run(plan, *leaves, impl=impl, key_valid=key_valid)
+    generator = torch.Generator(out.device).manual_seed(1)
+    weight = torch.randn(out.shape, generator=generator, device=out.device)
+    loss = (out.float() * weight).sum() + lse.masked_fill(lse.isinf(), 0).sum()
+    return [out, lse, *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["all-keys", "some-keys"])
+@pytest.mark.parametrize("head_dim", [64, 72, 128, 256])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)], ids=str
+)
+@pytest.mark.parametrize("plan_name", PLANS)
+@pytest.mark.parametrize("impl", KERNELS)
+def test_agrees_with_the_reference(
+    impl: str, plan_name: str, dtype: torch.dtype, tolerance: float, head_dim: int, dropped: bool
+) -> None:
+    plan = PLANS[plan_name]().to("cuda")
+    generator = torch.Generator("cuda").manual_seed(2)
+    shape = (2, TOKENS, 4, head_dim)  # as models give them: heads beside channels
+    inputs = [torch.randn(shape, generator=generator, device="cuda").to(dtype).transpose(1, 2) for _ in range(3)]
+    valid = torch.rand(2, TOKENS, generator=generator, device="cuda") < 0.7 if dropped else None
+    try:
+        choose(plan, inputs[0], impl=impl, needs_grad=True, drops_keys=dropped)
+    except UnsupportedError as refusal:
+        pytest.skip(str(refusal))
+    exact = results(plan, [x.float() for x in inputs], "reference", valid)
+    for got, expected in zip(results(plan, inputs, impl, valid), exact, strict=True):
+        assert torch.equal(got.isinf(), expected.isinf())
+        error = (got.float() - expected).masked_fill(expected.isinf(), 0).norm()
+        assert error <= tolerance * expected.masked_fill(expected.isinf(), 0).norm()
+
+
+def test_our_kernel_gives_the_same_bits_every_time() -> None:
+    plan = uniform(128).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(3)
+    inputs = [torch.randn(1, 4, TOKENS, 128, generator=generator, device="cuda").bfloat16() for _ in range(3)]
+    first, second = (results(plan, inputs, "triton", None) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
