@@ -9,6 +9,7 @@ PyTorch tell the layer and the grid; a listener in diffusers' hook registry hear
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def _backend_key() -> Any:
 
 KEY = _backend_key()
 _here = threading.local()
-"""The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's grid."""
+"""The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene."""
 
 
 def _route(
@@ -60,28 +61,22 @@ def _route(
         raise NotImplementedError(
             "falloff serves plain self-attention: no dropout, causal mask, grouped queries or context parallelism"
         )
-    return op.attend(query, key, value, _key_validity(attn_mask), _here.slot, _here.grid, scale)
+    mask = attn_mask[:, :, :1] if _here.square_mask and attn_mask is not None else attn_mask
+    return op.attend(query, key, value, mask, _here.slot, _here.grid, scale)
 
 
 _AttentionBackendRegistry.register(KEY)(_route)
-
-
-def _key_validity(mask: Tensor | None) -> Tensor | None:
-    """Valid keys [B, S] from a mask over keys alone, bool [B, 1, 1, S]."""
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
-        raise NotImplementedError(f"falloff takes masks bool [B, 1, 1, S] over keys, got {mask.dtype} {mask.shape}")
-    return mask[:, 0, 0]
 
 
 class Scene:
     """What traced code knows of an attached model: the grid of the last forward to start, int64 [3] on the CPU.
 
     It stays after the forward, because gradient checkpointing runs layers again during the backward.
+    ``square_mask``: see ``Host``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, square_mask: bool) -> None:
+        self.square_mask = square_mask
         self.grid = torch.zeros(3, dtype=torch.int64, device="cpu")
 
 
@@ -135,8 +130,9 @@ class Attachment:
         self.handles: list[Any] = []
         self.listener = Listener(watch)
         self.host = host
-        self.patch = host.patch(model.config)
-        self.scene = Scene()
+        self.names = list(inspect.signature(type(model).forward).parameters)[1:]
+        """Of the forward's arguments, in their order."""
+        self.scene = Scene(host.square_mask)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """A copied model is attached like the first, to a session of its own."""
@@ -159,10 +155,13 @@ class Attachment:
                 "falloff.enable(..., replace=True) to attach again, with the new backend for dense calls, or "
                 "falloff.disable(...)"
             )
-        shape = self.host.latent.read(args, kwargs).shape[-3:]
-        self.scene.grid = torch.tensor([n // p for n, p in zip(shape, self.patch, strict=True)], device="cpu")
-        timestep = self.host.timestep.read(args, kwargs)
-        self.session.begin(self.watch.look(self.listener.context, timestep), timestep.device)
+        _check_config(self.model, self.host)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        grid = self.host.grid(given, self.model.config)
+        reason = grid if isinstance(grid, str) else None
+        self.scene.grid = torch.tensor((0, 0, 0) if isinstance(grid, str) else grid, device="cpu")
+        position = self.watch.look(self.listener.context, given["timestep"])
+        self.session.begin(position, given["hidden_states"].device, reason)
 
 
 def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session, pipe: Any | None) -> None:
@@ -198,6 +197,7 @@ def detach(attachment: Attachment) -> None:
 
 def _attach(attachment: Attachment) -> None:
     model, host = attachment.model, attachment.host
+    _check_config(model, host)
     paths = host.attention_paths(model)
     users = Counter(id(module.processor) for module in model.modules() if hasattr(module, "processor"))
     model._falloff = attachment  # type: ignore[assignment]
@@ -209,6 +209,12 @@ def _attach(attachment: Attachment) -> None:
     attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
     attachment.handles.append(model.register_forward_hook(_root_ends))
     _listen(model, attachment.listener)
+
+
+def _check_config(model: nn.Module, host: Host) -> None:
+    reason = host.refuse(model.config)
+    if reason is not None:
+        raise UnsupportedModelError(f"falloff cannot serve this {type(model).__name__}: {reason}")
 
 
 def _check_processor(path: str, processor: Any) -> None:
@@ -260,8 +266,7 @@ def _dense_backend(key: Any | None) -> DenseBackend:
         chosen = key if key is not None else _AttentionBackendRegistry.get_active_backend()[0]
         return str(AttentionBackendName(chosen).value)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float | None) -> Tensor:
-        mask = key_valid[:, None, None] if key_valid is not None else None
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=key)
         return out
 
@@ -303,6 +308,7 @@ def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> None:
 def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
     _here.slot = attn._falloff_slot
     _here.grid = attn._falloff_scene.grid
+    _here.square_mask = attn._falloff_scene.square_mask
 
 
 def _layer_ends(attn: Any, args: tuple[Any, ...], output: Any) -> None:

@@ -1,0 +1,159 @@
+"""A tiny random model of every family, and the arguments of its forward for any grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+Size = tuple[int, int, int]
+TEXT = 8
+"""Channels of text embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """``config`` of a model of ``layers`` self-attention layers; ``inputs(random, grid, batch)`` of a forward.
+
+    ``text`` counts the tokens beside the grid. Image models take grids of one frame.
+    """
+
+    model: str
+    config: dict[str, Any]
+    inputs: Callable[[Random, Size, int], dict[str, Any]]
+    layers: int
+    text: int = 0
+    image: bool = False
+    least_frames: int = 1
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """A model whose random weights are large enough for attention to matter."""
+        torch.manual_seed(seed)
+        model = getattr(diffusers, self.model)(**self.config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.abs().max() == 0:
+                    parameter.normal_(std=0.3)
+                elif "to_q" in name or "to_k" in name:
+                    parameter.mul_(3.0)
+        return model
+
+    def arguments(self, grid: Size, batch: int = 1, seed: int = 0, **more: Any) -> dict[str, Any]:
+        return {**self.inputs(Random(seed), grid, batch), "return_dict": False, **more}
+
+
+class Random:
+    """Tensors from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def valid(self, batch: int, tokens: int) -> Tensor:
+        """Valid tokens first, as many as chance has it, at least one: bool [B, tokens]."""
+        counts = torch.randint(1, tokens + 1, (batch, 1), generator=self.generator)
+        return torch.arange(tokens) < counts
+
+
+@cache
+def shared(name: str) -> nn.Module:
+    """The model of a family for tests that leave it as it was."""
+    return FAMILIES[name].build()
+
+
+def run(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """What a model puts out, all of it."""
+    with torch.no_grad():
+        outputs = model(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.cat([output.flatten() for output in outputs])
+
+
+def _wan(random: Random, grid: Size, batch: int, channels: int = 4) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": random.normal(batch, channels, frames, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": random.normal(batch, 3, TEXT),
+    }
+
+
+def _wan_vace(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    control = random.normal(batch, 6, grid[0], 2 * grid[1], 2 * grid[2])
+    return {**_wan(random, grid, batch), "control_hidden_states": control}
+
+
+def _wan_animate(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        **_wan(random, grid, batch, channels=12),
+        "pose_hidden_states": random.normal(batch, 4, frames - 1, 2 * height, 2 * width),
+        "face_pixel_values": random.normal(batch, 3, 4 * frames - 7, 8, 8),
+    }
+
+
+def _hunyuan_video(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": random.normal(batch, 4, frames, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": random.normal(batch, 5, TEXT),
+        "encoder_attention_mask": random.valid(batch, 5).long(),
+        "pooled_projections": random.normal(batch, 6),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
+WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": TEXT,
+    "freq_dim": 16,
+    "ffn_dim": 16,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 32,
+}
+HUNYUAN_VIDEO = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 1.0,
+    "text_embed_dim": TEXT,
+    "pooled_projection_dim": 6,
+    "rope_axes_dim": (4, 4, 4),
+}
+
+FAMILIES = {
+    "Wan": Family(model="WanTransformer3DModel", config=WAN, inputs=_wan, layers=2),
+    "Wan VACE": Family(
+        model="WanVACETransformer3DModel",
+        config={**WAN, "vace_layers": [0], "vace_in_channels": 6},
+        inputs=_wan_vace,
+        layers=3,
+    ),
+    "HunyuanVideo": Family(
+        model="HunyuanVideoTransformer3DModel", config=HUNYUAN_VIDEO, inputs=_hunyuan_video, layers=2, text=5
+    ),
+    "HunyuanVideo I2V": Family(
+        model="HunyuanVideoTransformer3DModel",
+        config={**HUNYUAN_VIDEO, "image_condition_type": "token_replace"},
+        inputs=_hunyuan_video,
+        layers=2,
+        text=5,
+    ),
+}
