@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -70,7 +71,8 @@ def shared(name: str) -> nn.Module:
 
 def run(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
     """What a model puts out, all of it."""
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "In CPU autocast")  # Mochi asks for float32, which the CPU has anyway
         outputs = model(**arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return torch.cat([output.flatten() for output in outputs])
@@ -111,6 +113,49 @@ def _hunyuan_video(random: Random, grid: Size, batch: int) -> dict[str, Any]:
     }
 
 
+def _mochi(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": random.normal(batch, 4, frames, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": random.normal(batch, 5, TEXT),
+        "encoder_attention_mask": random.valid(batch, 5),
+    }
+
+
+def _cogvideox(random: Random, grid: Size, batch: int, patch_t: int = 1) -> dict[str, Any]:
+    frames, height, width = grid
+    tokens = frames * height * width
+    return {
+        "hidden_states": random.normal(batch, patch_t * frames, 4, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": random.normal(batch, 5, TEXT),
+        "image_rotary_emb": (random.normal(tokens, 16), random.normal(tokens, 16)),
+    }
+
+
+def _cogvideox_1_5(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    return {**_cogvideox(random, grid, batch, patch_t=2), "ofs": torch.full((1,), 2.0)}
+
+
+def _allegro(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+
+    frames, height, width = grid
+    rotary = get_3d_rotary_pos_embed_allegro(
+        embed_dim=24, crops_coords=((0, 0), (height, width)), grid_size=(height, width), temporal_size=frames
+    )
+    freqs_t, freqs_h, freqs_w, grid_t, grid_h, grid_w = rotary
+    positions = list(torch.cartesian_prod(grid_t, grid_h, grid_w).long().T[:, None])
+    return {
+        "hidden_states": random.normal(batch, 4, frames, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": random.normal(batch, 1, 5, TEXT),
+        "encoder_attention_mask": random.valid(batch, 5).long(),
+        "image_rotary_emb": ((freqs_t, freqs_h, freqs_w), positions),
+    }
+
+
 WAN = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 2,
@@ -137,6 +182,16 @@ HUNYUAN_VIDEO = {
     "pooled_projection_dim": 6,
     "rope_axes_dim": (4, 4, 4),
 }
+COGVIDEOX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": TEXT,
+    "num_layers": 2,
+    "use_rotary_positional_embeddings": True,
+}
 
 FAMILIES = {
     "Wan": Family(model="WanTransformer3DModel", config=WAN, inputs=_wan, layers=2),
@@ -155,5 +210,42 @@ FAMILIES = {
         inputs=_hunyuan_video,
         layers=2,
         text=5,
+    ),
+    "Mochi": Family(
+        model="MochiTransformer3DModel",
+        config={
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "pooled_projection_dim": 8,
+            "in_channels": 4,
+            "text_embed_dim": TEXT,
+            "time_embed_dim": 8,
+        },
+        inputs=_mochi,
+        layers=2,
+        text=5,
+    ),
+    "CogVideoX": Family(model="CogVideoXTransformer3DModel", config=COGVIDEOX, inputs=_cogvideox, layers=2, text=5),
+    "CogVideoX 1.5 I2V": Family(
+        model="CogVideoXTransformer3DModel",
+        config={**COGVIDEOX, "patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 8},
+        inputs=_cogvideox_1_5,
+        layers=2,
+        text=5,
+    ),
+    "Allegro": Family(
+        model="AllegroTransformer3DModel",
+        config={
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "cross_attention_dim": 48,
+            "caption_channels": TEXT,
+        },
+        inputs=_allegro,
+        layers=2,
     ),
 }

@@ -56,9 +56,9 @@ class Host:
 
 def hosts() -> tuple[Host, ...]:
     """All families."""
-    from falloff.hosts import hunyuan_video, wan
+    from falloff.hosts import allegro, cogvideox, hunyuan_video, mochi, wan
 
-    return (wan.HOST, hunyuan_video.HOST)
+    return (wan.HOST, hunyuan_video.HOST, mochi.HOST, cogvideox.HOST, allegro.HOST)
 
 
 def host_for(model: object) -> Host:

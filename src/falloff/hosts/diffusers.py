@@ -21,7 +21,7 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, HookRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
-from falloff.hosts import Host, UnsupportedModelError, op
+from falloff.hosts import Host, UnsupportedModelError, op, processors
 from falloff.hosts.where import Watch
 from falloff.session import DenseBackend, Seat, Session
 
@@ -218,7 +218,7 @@ def _check_config(model: nn.Module, host: Host) -> None:
 
 
 def _check_processor(path: str, processor: Any) -> None:
-    if not hasattr(processor, "_attention_backend"):
+    if type(processor) not in processors.SUBSTITUTES and not hasattr(processor, "_attention_backend"):
         raise UnsupportedModelError(
             f"{path} has the processor {type(processor).__name__}, which does not go through diffusers' attention "
             "dispatcher; falloff.enable needs the model's own processors"
@@ -229,13 +229,13 @@ def _check_processor(path: str, processor: Any) -> None:
 
 def _mark(path: str, attn: Any, seat: Seat, attachment: Attachment, *, shared: bool) -> Mark:
     before = attn.processor
-    slot = op.Slot(attachment.session, seat, _dense_backend(before._attention_backend))
+    processor = _ours(before, shared=shared)
+    key = processor._attention_backend
+    slot = op.Slot(attachment.session, seat, _dense_backend(key, per_sample=hasattr(processor, "drops_padding")))
     had_key = "_attention_backend" in vars(before)
-    processor = copy.copy(before) if shared else before  # the mark must not reach layers that share the processor
-    key = before._attention_backend
     attn._falloff_slot, attn._falloff_scene = op.register_slot(slot), attachment.scene
-    if shared:
-        attn.set_processor(processor)
+    if processor is not before:
+        _set_processor(attn, processor)
     processor._attention_backend = KEY
     handles = [
         attn.register_forward_pre_hook(_layer_starts),
@@ -246,20 +246,35 @@ def _mark(path: str, attn: Any, seat: Seat, attachment: Attachment, *, shared: b
     )
 
 
+def _ours(before: Any, *, shared: bool) -> Any:
+    """The processor to mark: the one there is, unless it cannot be reached or the mark would reach other layers."""
+    substitute = processors.SUBSTITUTES.get(type(before))
+    if substitute is not None:
+        return substitute()
+    return copy.copy(before) if shared else before
+
+
+def _set_processor(attn: Any, processor: Any) -> None:
+    if hasattr(attn, "set_processor"):
+        attn.set_processor(processor)
+    else:  # Mochi's attention
+        attn.processor = processor
+
+
 def _unmark(mark: Mark) -> None:
-    if mark.holds:
-        if mark.had_key:
-            mark.processor._attention_backend = mark.key
-        else:
-            del mark.processor._attention_backend
-        if mark.before is not mark.processor:
-            mark.attn.set_processor(mark.before)
+    substituted = type(mark.before) in processors.SUBSTITUTES and mark.attn.processor is mark.processor
+    if substituted or (mark.holds and mark.before is not mark.processor):
+        _set_processor(mark.attn, mark.before)
+    elif mark.holds and mark.had_key:
+        mark.processor._attention_backend = mark.key
+    elif mark.holds:
+        del mark.processor._attention_backend
     for handle in mark.handles:
         handle.remove()
     del mark.attn._falloff_slot, mark.attn._falloff_scene
 
 
-def _dense_backend(key: Any | None) -> DenseBackend:
+def _dense_backend(key: Any | None, *, per_sample: bool) -> DenseBackend:
     """The backend that a processor named, or the global one of the moment when it named none."""
 
     def name() -> str:
@@ -267,6 +282,8 @@ def _dense_backend(key: Any | None) -> DenseBackend:
         return str(AttentionBackendName(chosen).value)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        if per_sample:
+            return processors.per_sample(q, k, v, mask, scale, key)
         out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=key)
         return out
 
