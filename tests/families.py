@@ -70,12 +70,12 @@ def shared(name: str) -> nn.Module:
 
 
 def run(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """What a model puts out, all of it."""
+    """What a model puts out for every sample, all of it: [B, numbers]."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "In CPU autocast")  # Mochi asks for float32, which the CPU has anyway
         outputs = model(**arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return torch.cat([output.flatten() for output in outputs])
+    return torch.cat([output.flatten(1) for output in outputs], dim=1)
 
 
 def _wan(random: Random, grid: Size, batch: int, channels: int = 4) -> dict[str, Any]:
@@ -156,6 +156,89 @@ def _allegro(random: Random, grid: Size, batch: int) -> dict[str, Any]:
     }
 
 
+def _hunyuan_video15(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": random.normal(batch, 4, frames, height, width),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": random.normal(batch, 4, TEXT),
+        "encoder_attention_mask": random.valid(batch, 4),
+        "encoder_hidden_states_2": random.normal(batch, 2, TEXT),
+        "encoder_attention_mask_2": random.valid(batch, 2),
+        "image_embeds": torch.zeros(batch, 1, TEXT),
+    }
+
+
+def _ltx(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": random.normal(batch, frames * height * width, 4),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": random.normal(batch, 5, TEXT),
+        "encoder_attention_mask": random.valid(batch, 5),
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+    }
+
+
+def _ltx2(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    return {
+        **_ltx(random, grid, batch),
+        "timestep": torch.full((batch, grid[0] * grid[1] * grid[2]), 500.0),
+        "audio_timestep": torch.full((batch,), 500.0),
+        "audio_hidden_states": random.normal(batch, 3, 4),
+        "audio_encoder_hidden_states": random.normal(batch, 5, TEXT),
+        "audio_num_frames": 3,
+    }
+
+
+def _ids(grid: Size, axes: int) -> Tensor:
+    frames, height, width = (torch.arange(size) for size in grid)
+    ids = torch.cartesian_prod(frames, height, width).float()
+    return torch.nn.functional.pad(ids, (0, axes - 3))
+
+
+def _flux(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": random.normal(batch, grid[0] * grid[1] * grid[2], 4),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": random.normal(batch, 5, TEXT),
+        "pooled_projections": random.normal(batch, 6),
+        "txt_ids": torch.zeros(5, 3),
+        "img_ids": _ids(grid, 3),
+    }
+
+
+def _flux2(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    inputs = _flux(random, grid, batch)
+    del inputs["pooled_projections"]
+    ids = {"txt_ids": torch.zeros(batch, 5, 4), "img_ids": _ids(grid, 4).expand(batch, -1, -1)}
+    return {**inputs, **ids, "guidance": torch.full((batch,), 4.0)}
+
+
+def _qwenimage(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": random.normal(batch, grid[0] * grid[1] * grid[2], 4),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": random.normal(batch, 5, TEXT),
+        "encoder_hidden_states_mask": random.valid(batch, 5),
+        "img_shapes": [[grid] for _ in range(batch)],
+    }
+
+
+def _kandinsky5(random: Random, grid: Size, batch: int) -> dict[str, Any]:
+    frames, height, width = grid
+    return {
+        "hidden_states": random.normal(batch, frames, 2 * height, 2 * width, 4),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": random.normal(batch, 5, TEXT),
+        "pooled_projections": random.normal(batch, 6),
+        "visual_rope_pos": [torch.arange(size) for size in grid],
+        "text_rope_pos": torch.arange(5),
+    }
+
+
 WAN = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 2,
@@ -192,6 +275,23 @@ COGVIDEOX = {
     "num_layers": 2,
     "use_rotary_positional_embeddings": True,
 }
+LTX = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "cross_attention_dim": 24,
+    "num_layers": 2,
+    "caption_channels": TEXT,
+}
+FLUX = {
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT,
+}
 
 FAMILIES = {
     "Wan": Family(model="WanTransformer3DModel", config=WAN, inputs=_wan, layers=2),
@@ -201,6 +301,27 @@ FAMILIES = {
         inputs=_wan_vace,
         layers=3,
     ),
+    "Wan Animate": Family(
+        model="WanAnimateTransformer3DModel",
+        config={
+            **WAN,
+            "in_channels": 12,
+            "latent_channels": 4,
+            "image_dim": None,
+            "motion_encoder_channel_sizes": {"4": 4, "8": 4},
+            "motion_encoder_size": 8,
+            "motion_style_dim": 8,
+            "motion_dim": 4,
+            "motion_encoder_dim": 8,
+            "face_encoder_hidden_dim": 8,
+            "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 2,
+        },
+        inputs=_wan_animate,
+        layers=2,
+        least_frames=2,
+    ),
+    "SkyReels-V2": Family(model="SkyReelsV2Transformer3DModel", config=WAN, inputs=_wan, layers=2),
     "HunyuanVideo": Family(
         model="HunyuanVideoTransformer3DModel", config=HUNYUAN_VIDEO, inputs=_hunyuan_video, layers=2, text=5
     ),
@@ -247,5 +368,87 @@ FAMILIES = {
         },
         inputs=_allegro,
         layers=2,
+    ),
+    "HunyuanVideo 1.5": Family(
+        model="HunyuanVideo15Transformer3DModel",
+        config={
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 1.0,
+            "text_embed_dim": TEXT,
+            "text_embed_2_dim": TEXT,
+            "image_embed_dim": TEXT,
+            "rope_axes_dim": (4, 4, 4),
+        },
+        inputs=_hunyuan_video15,
+        layers=2,
+        text=7,
+    ),
+    "LTX": Family(model="LTXVideoTransformer3DModel", config=LTX, inputs=_ltx, layers=2),
+    "LTX-2": Family(
+        model="LTX2VideoTransformer3DModel",
+        config={
+            **LTX,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16,
+        },
+        inputs=_ltx2,
+        layers=2,
+    ),
+    "Kandinsky 5": Family(
+        model="Kandinsky5Transformer3DModel",
+        config={
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": TEXT,
+            "in_text_dim2": 6,
+            "time_dim": 16,
+            "model_dim": 32,
+            "ff_dim": 32,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 6, 6),
+        },
+        inputs=_kandinsky5,
+        layers=2,
+    ),
+    "FLUX.1": Family(
+        model="FluxTransformer2DModel",
+        config={**FLUX, "pooled_projection_dim": 6, "axes_dims_rope": (4, 6, 6)},
+        inputs=_flux,
+        layers=2,
+        text=5,
+        image=True,
+    ),
+    "FLUX.2": Family(
+        model="Flux2Transformer2DModel",
+        config={**FLUX, "timestep_guidance_channels": 8, "axes_dims_rope": (4, 4, 4, 4)},
+        inputs=_flux2,
+        layers=2,
+        text=5,
+        image=True,
+    ),
+    "QwenImage": Family(
+        model="QwenImageTransformer2DModel",
+        config={
+            "in_channels": 4,
+            "out_channels": 1,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": TEXT,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        inputs=_qwenimage,
+        layers=2,
+        text=5,
+        image=True,
     ),
 }

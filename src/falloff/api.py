@@ -18,6 +18,7 @@ from falloff.schedule import Schedule
 from falloff.session import Report, Session
 
 if TYPE_CHECKING:
+    from falloff.hosts import Host
     from falloff.hosts.diffusers import Attachment
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -49,7 +50,8 @@ def enable(
     Returns ``pipe``, the same object. When this raises, nothing was attached.
 
     Raises ``AlreadyEnabledError`` when a method is attached already, unless ``replace`` is set,
-    ``UnsupportedModelError`` for models of no known family, and ``ValueError`` for unknown methods and kernels.
+    ``UnsupportedModelError`` for models of no known family, and ``ValueError`` for unknown methods and kernels, and
+    for a method that leaves out pairs of frames on a model of images.
     """
     method = methods.get(method) if isinstance(method, str) else method
     if not isinstance(method, Method):
@@ -57,6 +59,7 @@ def enable(
     _check_kernel(kernel)
     models = _models(pipe)
     hosts = [host_for(model) for model in models]
+    _check_frames(method, hosts)
     before = _attachments(models)
     if before and not replace:
         raise AlreadyEnabledError(
@@ -141,6 +144,16 @@ def _models(pipe: Any) -> list[nn.Module]:
     if not found:
         raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer to attach to")
     return [getattr(model, "_orig_mod", model) for model in found]
+
+
+def _check_frames(method: Method, hosts: list[Host]) -> None:
+    for host in hosts:
+        if method.needs_frames and not host.frames:
+            others = ", ".join(name for name, other in methods.METHODS.items() if not other.needs_frames)
+            raise ValueError(
+                f"{method.name} leaves out pairs of frames, and {host.family} makes images, which have none; "
+                f"methods for images: {others}"
+            )
 
 
 def _is_pipeline(pipe: Any) -> bool:

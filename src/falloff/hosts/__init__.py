@@ -56,9 +56,36 @@ class Host:
 
 def hosts() -> tuple[Host, ...]:
     """All families."""
-    from falloff.hosts import allegro, cogvideox, hunyuan_video, mochi, wan
+    from falloff.hosts import (
+        allegro,
+        cogvideox,
+        flux,
+        hunyuan_video,
+        hunyuan_video15,
+        kandinsky5,
+        linear,
+        ltx,
+        mochi,
+        qwenimage,
+        skyreels_v2,
+        wan,
+    )
 
-    return (wan.HOST, hunyuan_video.HOST, mochi.HOST, cogvideox.HOST, allegro.HOST)
+    families = (
+        wan,
+        hunyuan_video,
+        hunyuan_video15,
+        mochi,
+        cogvideox,
+        ltx,
+        skyreels_v2,
+        kandinsky5,
+        allegro,
+        flux,
+        qwenimage,
+        linear,
+    )
+    return tuple(family.HOST for family in families)
 
 
 def host_for(model: object) -> Host:

@@ -48,6 +48,8 @@ class Method(ABC):
     """How the command line and recipes call it."""
     static: ClassVar[bool] = False
     """Plans depend on the sequence alone, so that one plan serves every layer, step and branch."""
+    needs_frames: ClassVar[bool] = False
+    """Plans between frames alone, so that it has nothing to leave out of an image."""
     schedule: ClassVar[Schedule] = Schedule()
     """What stays dense unless the user says otherwise."""
 
