@@ -31,6 +31,7 @@ class Family:
     text: int = 0
     image: bool = False
     least_frames: int = 1
+    least_tokens: int = 1
 
     def build(self, seed: int = 0) -> nn.Module:
         """A model whose random weights are large enough for attention to matter."""
@@ -368,6 +369,7 @@ FAMILIES = {
         },
         inputs=_allegro,
         layers=2,
+        least_tokens=2,  # it squeezes an axis of one token away
     ),
     "HunyuanVideo 1.5": Family(
         model="HunyuanVideo15Transformer3DModel",

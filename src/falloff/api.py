@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from falloff import kernels, methods
-from falloff.geometry import Sequence
 from falloff.hosts import UnsupportedModelError, host_for
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Method, plan_for
 from falloff.plan import Plan
 from falloff.schedule import Schedule
 from falloff.session import Report, Session
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from falloff.hosts import Host
     from falloff.hosts.diffusers import Attachment
 
+__all__ = ["AlreadyEnabledError", "NotEnabledError", "attention", "disable", "enable", "plan_for", "report", "using"]
 TRANSFORMERS = ("transformer", "transformer_2")
 """Where a diffusers pipeline keeps its transformers; Wan 2.2 has two."""
 T = TypeVar("T")
@@ -101,20 +100,6 @@ def report(pipe: Any) -> Report:
     if len(sessions) > 1:
         raise ValueError("these transformers were enabled one by one; ask for the report of each")
     return next(iter(sessions.values())).report()
-
-
-def plan_for(method: Method, sequence: Sequence) -> Plan:
-    """The plan of a static method for a sequence, for use with ``attention``.
-
-    Raises ``ValueError`` for a method that looks at queries and keys, and for one that keeps this sequence dense.
-    """
-    if not method.static:
-        raise ValueError(f"{method.name} plans from queries and keys; call its plan() with them")
-    nothing = torch.empty(0)
-    plan = method.plan(Call(sequence=sequence), nothing, nothing, nothing, State())
-    if isinstance(plan, Dense):
-        raise ValueError(f"{method.name} has no plan for {sequence}: {plan.reason}")
-    return plan
 
 
 def attention(

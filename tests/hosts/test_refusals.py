@@ -64,7 +64,7 @@ def test_linear_attention_is_refused() -> None:
 @pytest.mark.parametrize("name", ["FLUX.1", "FLUX.2", "QwenImage"])
 def test_method_between_frames_is_refused_for_images(name: str) -> None:
     model = FAMILIES[name].build()
-    with pytest.raises(ValueError, match="radial leaves out pairs of frames, and .* makes images.*: dense"):
+    with pytest.raises(ValueError, match=r"radial leaves out pairs of frames, and .* makes images.*: dense"):
         falloff.enable(model, "radial")
     assert untouched(model)
     falloff.enable(model, "dense")
