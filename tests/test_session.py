@@ -24,8 +24,7 @@ SEAT = Seat(model=0, layer=1, layers=2)
 CPU = torch.device("cpu")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float | None) -> Tensor:
-    mask = key_valid[:, None, None] if key_valid is not None else None
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
@@ -81,12 +80,46 @@ def test_a_named_kernel_without_an_lse_serves_a_session(monkeypatch: pytest.Monk
 
 
 def test_key_validity_and_scale_reach_kernel_and_backend() -> None:
-    valid = torch.ones(1, 12, dtype=torch.bool)
-    valid[:, 10:] = False
-    dense = attend(session(Full()), Grid(3, 2, 2), key_valid=valid, scale=0.5)
-    full = attend(session(tiny.FULL), Grid(3, 2, 2), key_valid=valid, scale=0.5)
+    mask = torch.ones(1, 1, 1, 12, dtype=torch.bool)
+    mask[..., 10:] = False
+    dense = attend(session(Full()), Grid(3, 2, 2), mask=mask, scale=0.5)
+    full = attend(session(tiny.FULL, kernel="cpu"), Grid(3, 2, 2), mask=mask, scale=0.5)
     torch.testing.assert_close(dense, full)
     assert not torch.allclose(dense, attend(session(Full()), Grid(3, 2, 2), scale=0.5))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 1, 12, 12, dtype=torch.bool), torch.zeros(1, 1, 1, 12)])
+def test_mask_that_is_not_over_keys_keeps_a_call_dense(mask: Tensor) -> None:
+    mask[..., 10:] = -9.0 if mask.is_floating_point() else False
+    here = session()
+    assert torch.equal(attend(here, Grid(3, 2, 2), mask=mask), attend(session(Full()), Grid(3, 2, 2), mask=mask))
+    (reason,) = here.report().reasons
+    assert "is not over keys alone" in reason
+
+
+def test_plan_that_leaves_nothing_out_is_the_models_own_attention() -> None:
+    here = session(tiny.FULL)
+    assert torch.equal(attend(here, Grid(3, 2, 2)), attend(session(Full()), Grid(3, 2, 2)))
+    report = here.report()
+    assert (report.kernels, report.reasons, report.density) == ({"mine": 1}, {}, 1.0)
+    assert report.choice == "mine: the plan leaves nothing out: the model's own attention"
+    named = session(tiny.FULL, kernel="cpu")
+    attend(named, Grid(3, 2, 2))
+    assert named.report().kernels == {"cpu": 1}
+
+
+def test_forward_that_stays_dense_says_why() -> None:
+    here = session()
+    here.begin(Position(), CPU, "no grid today")
+    attend(here, Grid(3, 2, 2))
+    assert here.report().reasons == {"no grid today": 1}
+
+
+def test_cross_attention_stays_dense() -> None:
+    here = session()
+    q, k, v = qkv(12)
+    here.attend(SEAT, q, k[:, :5], v[:, :5], grid=Grid(3, 2, 2), dense=DENSE)
+    assert here.report().reasons == {"12 queries attend to 5 keys: no self-attention": 1}
 
 
 def test_text_where_the_family_has_some() -> None:

@@ -28,20 +28,33 @@ ALWAYS = Schedule(dense_first=0, dense_last=0, dense_layers=())
 
 @dataclass(frozen=True, kw_only=True)
 class Frames(Method):
-    """A query sees its own frame, and the first ``seen`` frames; all of them make full attention."""
+    """A query sees its own frame, the first ``seen`` frames and text; all of them make full attention.
+
+    Rows of a frame take the frames' place when ``rows`` is set, for grids of one frame.
+    """
 
     name: ClassVar[str] = "frames"
     static: ClassVar[bool] = True
     schedule: ClassVar[Schedule] = ALWAYS
 
     seen: int = 1
+    rows: bool = False
 
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan:
-        grid, n = call.sequence.grid, call.sequence.tokens
-        blocks = torch.eye(grid.frames, dtype=torch.bool)
+        sequence, grid = call.sequence, call.sequence.grid
+        count, size = (grid.frames * grid.height, grid.width) if self.rows else (grid.frames, grid.frame_tokens)
+        blocks = torch.eye(count, dtype=torch.bool)
         blocks[:, : self.seen] = True
-        size = grid.frame_tokens
-        return Plan(q_len=n, kv_len=n, q_sizes=size, kv_sizes=size, blocks=BlockMap.from_dense(blocks))
+        sizes = [size] * count
+        if sequence.text:
+            place = 0 if sequence.text_side == "before" else count
+            sizes.insert(place, sequence.text)
+            whole = torch.ones(count + 1, count + 1, dtype=torch.bool)
+            video = torch.arange(count + 1) != place
+            whole[video.nonzero(), video.nonzero()[:, 0]] = blocks
+            blocks = whole
+        n, each = sequence.tokens, torch.tensor(sizes)
+        return Plan(q_len=n, kv_len=n, q_sizes=each, kv_sizes=each, blocks=BlockMap.from_dense(blocks))
 
 
 FULL = Frames(seen=99)

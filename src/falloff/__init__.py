@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from falloff.api import attention, disable, enable, plan_for, report, using
     from falloff.evaluation.compare import compare
     from falloff.geometry import Grid, Sequence
+    from falloff.hosts.sdpa import sdpa
     from falloff.methods import Full, Method, Radial
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
@@ -36,6 +37,7 @@ __all__ = [
     "plan_for",
     "preset",
     "report",
+    "sdpa",
     "using",
 ]
 
@@ -43,6 +45,7 @@ _HOME = {
     "falloff.api": ("attention", "disable", "enable", "plan_for", "report", "using"),
     "falloff.evaluation.compare": ("compare",),
     "falloff.geometry": ("Grid", "Sequence"),
+    "falloff.hosts.sdpa": ("sdpa",),
     "falloff.methods": ("Full", "Method", "Radial"),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),

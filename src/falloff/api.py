@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from falloff import kernels, methods
-from falloff.geometry import Sequence
 from falloff.hosts import UnsupportedModelError, host_for
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Method, plan_for
 from falloff.plan import Plan
 from falloff.schedule import Schedule
 from falloff.session import Report, Session
 
 if TYPE_CHECKING:
+    from falloff.hosts import Host
     from falloff.hosts.diffusers import Attachment
 
+__all__ = ["AlreadyEnabledError", "NotEnabledError", "attention", "disable", "enable", "plan_for", "report", "using"]
 TRANSFORMERS = ("transformer", "transformer_2")
 """Where a diffusers pipeline keeps its transformers; Wan 2.2 has two."""
 T = TypeVar("T")
@@ -49,7 +49,8 @@ def enable(
     Returns ``pipe``, the same object. When this raises, nothing was attached.
 
     Raises ``AlreadyEnabledError`` when a method is attached already, unless ``replace`` is set,
-    ``UnsupportedModelError`` for models of no known family, and ``ValueError`` for unknown methods and kernels.
+    ``UnsupportedModelError`` for models of no known family, and ``ValueError`` for unknown methods and kernels, and
+    for a method that leaves out pairs of frames on a model of images.
     """
     method = methods.get(method) if isinstance(method, str) else method
     if not isinstance(method, Method):
@@ -57,6 +58,7 @@ def enable(
     _check_kernel(kernel)
     models = _models(pipe)
     hosts = [host_for(model) for model in models]
+    _check_frames(method, hosts)
     before = _attachments(models)
     if before and not replace:
         raise AlreadyEnabledError(
@@ -100,20 +102,6 @@ def report(pipe: Any) -> Report:
     return next(iter(sessions.values())).report()
 
 
-def plan_for(method: Method, sequence: Sequence) -> Plan:
-    """The plan of a static method for a sequence, for use with ``attention``.
-
-    Raises ``ValueError`` for a method that looks at queries and keys, and for one that keeps this sequence dense.
-    """
-    if not method.static:
-        raise ValueError(f"{method.name} plans from queries and keys; call its plan() with them")
-    nothing = torch.empty(0)
-    plan = method.plan(Call(sequence=sequence), nothing, nothing, nothing, State())
-    if isinstance(plan, Dense):
-        raise ValueError(f"{method.name} has no plan for {sequence}: {plan.reason}")
-    return plan
-
-
 def attention(
     q_BHND: Tensor,
     k_BHND: Tensor,
@@ -141,6 +129,16 @@ def _models(pipe: Any) -> list[nn.Module]:
     if not found:
         raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer to attach to")
     return [getattr(model, "_orig_mod", model) for model in found]
+
+
+def _check_frames(method: Method, hosts: list[Host]) -> None:
+    for host in hosts:
+        if method.needs_frames and not host.frames:
+            others = ", ".join(name for name, other in methods.METHODS.items() if not other.needs_frames)
+            raise ValueError(
+                f"{method.name} leaves out pairs of frames, and {host.family} makes images, which have none; "
+                f"methods for images: {others}"
+            )
 
 
 def _is_pipeline(pipe: Any) -> bool:

@@ -53,7 +53,7 @@ class Seat:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseBackend:
-    """The attention a model had before: ``run(q, k, v, key_valid, scale)``, all [B, S, H, D].
+    """The attention a model had before: ``run(q, k, v, mask, scale)``, all [B, S, H, D] but the mask.
 
     ``name()`` is asked at every call, since a model may follow a default that changes.
     """
@@ -214,19 +214,24 @@ class Session:
         self._forwards: deque[Stopwatch] = deque(maxlen=RECORDS_KEPT)
         self._last_plan: Plan | None = None
         self._last_choice: kernels.Choice | None = None
+        self._stays_dense: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """The same settings at work elsewhere: plans, state and statistics are not shared."""
         return Session(self.method, schedule=self.schedule, kernel=self.kernel, timing=self.timing)
 
-    def begin(self, position: Position, device: torch.device) -> None:
-        """A root forward starts; the first of a run forgets the run before."""
+    def begin(self, position: Position, device: torch.device, stays_dense: str | None = None) -> None:
+        """A root forward starts; the first of a run forgets the run before.
+
+        ``stays_dense``: why all of this forward does, if it does.
+        """
         if position.run != self.position.run:
             self._states.clear()
             self._calls.clear()
             self._forwards.clear()
             self._last_plan = self._last_choice = None
         self.position = position
+        self._stays_dense = stays_dense
         if self.timing:
             self._forwards.append(Stopwatch(device))
 
@@ -244,29 +249,23 @@ class Session:
         *,
         grid: Grid | None,
         dense: DenseBackend,
-        key_valid: Tensor | None = None,
+        mask: Tensor | None = None,
         scale: float | None = None,
     ) -> tuple[Tensor, bool]:
-        """One self-attention call: the output [B, S, H, D], and whether a plan computed it."""
+        """One self-attention call: the output [B, S, H, D], and whether a plan computed it.
+
+        ``mask``: as for PyTorch's attention. A plan is made only where it is over keys alone, bool [B, 1, 1, S].
+        """
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         started = time.perf_counter()
-        plan = self._decide(seat, grid, q, k, v)
+        plan = self._decide(seat, grid, q, k, v, mask)
         note: dict[str, Any] = {"plan_seconds": time.perf_counter() - started}
         watch = Stopwatch(q.device) if self.timing else None
         if isinstance(plan, Dense):
-            out = dense.run(q_BSHD, k_BSHD, v_BSHD, key_valid, scale)
+            out = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
             note.update(density=1.0, kernel=dense.name(), reason=plan.reason)
         else:
-            needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            choice = kernels.choose(
-                plan,
-                q,
-                impl=self.kernel,
-                needs_grad=needs_grad,
-                needs_lse=False,
-                drops_keys=key_valid is not None,
-            )
-            out = kernels.attend(plan, q, k, v, scale=scale, key_valid=key_valid, impl=choice.name).transpose(1, 2)
+            out, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
             note.update(density=plan.density, kernel=choice.name, reason=None)
             self._last_plan, self._last_choice = plan, choice
         self._note(seat, note, watch.stop() if watch else None)
@@ -281,7 +280,7 @@ class Session:
         *,
         grid: Grid | None,
         dense: DenseBackend,
-        key_valid: Tensor | None,
+        mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:
         """A call of the past once more, for its gradient: planned on ``grid``, or dense when that is ``None``.
@@ -289,13 +288,13 @@ class Session:
         Raises ``MethodError`` for a method that looks at q and k, because its plan of then is gone.
         """
         if grid is None:
-            return dense.run(q_BSHD, k_BSHD, v_BSHD, key_valid, scale)
+            return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
         if not self.method.static:
             raise MethodError(f"{self.method.name} plans from queries and keys; train it in eager mode, not compiled")
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         plan = self._cached_plan(seat, _sequence(seat, grid, q.shape[2]), q, k, v)
         assert isinstance(plan, Plan)  # it was one when the call was first run
-        return kernels.attend(plan, q, k, v, scale=scale, key_valid=key_valid, impl=self.kernel).transpose(1, 2)
+        return self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)[0]
 
     def report(self) -> Report:
         """What the last run did."""
@@ -308,9 +307,48 @@ class Session:
             choice=str(self._last_choice) if self._last_choice is not None else None,
         )
 
-    def _decide(self, seat: Seat, grid: Grid | None, q: Tensor, k: Tensor, v: Tensor) -> Plan | Dense:
+    def _run(
+        self,
+        plan: Plan,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        dense: DenseBackend,
+    ) -> tuple[Tensor, kernels.Choice]:
+        """The output [B, S, H, D] of a plan, and what computed it.
+
+        A plan that leaves nothing out is the model's own attention, unless the user wants a certain kernel.
+        """
+        if self.kernel == "auto" and plan.density == 1:
+            choice = kernels.Choice(dense.name(), "the plan leaves nothing out: the model's own attention", ())
+            return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), choice
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        key_valid = mask[:, 0, 0].expand(q.shape[0], -1) if mask is not None else None
+        choice = kernels.choose(
+            plan,
+            q,
+            impl=self.kernel,
+            needs_grad=needs_grad,
+            needs_lse=False,
+            drops_keys=key_valid is not None,
+        )
+        out = kernels.attend(plan, q, k, v, scale=scale, key_valid=key_valid, impl=choice.name)
+        return out.transpose(1, 2), choice
+
+    def _decide(
+        self, seat: Seat, grid: Grid | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Plan | Dense:
+        if self._stays_dense is not None:
+            return Dense(self._stays_dense)
         if grid is None:
             return Dense("grid unknown")
+        if k.shape[2] != q.shape[2]:
+            return Dense(f"{q.shape[2]} queries attend to {k.shape[2]} keys: no self-attention")
+        if mask is not None and (mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
+            return Dense(f"its mask, {mask.dtype} of shape {tuple(mask.shape)}, is not over keys alone")
         text = q.shape[2] - grid.tokens
         if text < 0 or (text > 0 and seat.text_side is None):
             return Dense(f"{q.shape[2]} tokens do not fit the grid {grid} of {grid.tokens}")

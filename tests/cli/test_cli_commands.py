@@ -26,6 +26,33 @@ def test_generate(falloff, checkpoint: Path, tmp_path: Path) -> None:
     assert "it/s" not in result.err
 
 
+def test_generate_with_another_family(falloff, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+    from families import FAMILIES
+    from worded import pipeline
+
+    words = pipeline()
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2
+    )
+    transformer = CogVideoXTransformer3DModel(**{**FAMILIES["CogVideoX"].config, "text_embed_dim": 16})
+    pipe = CogVideoXPipeline(
+        tokenizer=words.tokenizer,
+        text_encoder=words.text_encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+    pipe.save_pretrained(tmp_path / "model")
+    size = ["--frames", 9, "--height", 48, "--width", 64, "--steps", 2]
+    output = tmp_path / "fox.mp4"
+    result = falloff("generate", "a fox", "--model", tmp_path / "model", *size, *SPARSE, "--output", output)
+    assert result.code == 0
+    assert "9 frames of 64 x 48" in result.out
+    assert "dense first step: 1 calls" in result.out
+    assert "1 sparse, 3 dense" in result.out
+
+
 def test_compare(falloff, checkpoint: Path, tmp_path: Path) -> None:
     arguments = ["--prompt", "a fox", "--model", checkpoint, "--methods", "radial,dense", "--output", tmp_path / "out"]
     result = falloff("compare", *arguments, *SPARSE)

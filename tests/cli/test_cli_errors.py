@@ -106,7 +106,10 @@ def test_missing_shard(falloff, copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("WanVACETransformer3DModel", ["cannot be served"]), ("UNet9000", ["UNet9000", "WanTransformer3DModel"])],
+    [
+        ("SanaVideoTransformer3DModel", ["cannot be served", "linear"]),
+        ("UNet9000", ["UNet9000", "WanTransformer3DModel"]),
+    ],
 )
 def test_models_of_no_supported_family(falloff, copy: Path, kind: str, words: list[str]) -> None:
     index = json.loads((copy / "model_index.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -93,7 +94,7 @@ def test_forward_without_its_hooks_stays_dense(model: Any) -> None:
 def test_tokens_that_do_not_fit_the_grid_stay_dense(model: Any) -> None:
     plain = forward(model)
     falloff.enable(model, tiny.Frames())
-    model._falloff.patch = (1, 1, 1)
+    model._falloff.host = dataclasses.replace(model._falloff.host, grid=lambda given, config: (3, 8, 8))
     assert torch.equal(forward(model), plain)
     assert falloff.report(model).reasons == {"48 tokens do not fit the grid 3x8x8 of 192": 2}
 

@@ -9,7 +9,6 @@ import tiny
 import torch
 
 import falloff
-from falloff.hosts import UnsupportedModelError, host_for
 from falloff.session import Record
 
 PIPELINES = {
@@ -111,13 +110,3 @@ def test_two_sizes_in_turn_are_each_as_alone() -> None:
     both = pipes[0]
     for size, expected in zip(sizes * 2, alone * 2, strict=True):
         assert torch.equal(tiny.generate(both, **size), expected)
-
-
-def test_family_is_found_by_class_name() -> None:
-    host = host_for(tiny.transformer())
-    assert host.attention_paths(tiny.transformer(12))[-2:] == ["blocks.10.attn1", "blocks.11.attn1"]
-    refused = type("WanVACETransformer3DModel", (torch.nn.Module,), {})
-    with pytest.raises(UnsupportedModelError, match="cannot serve WanVACETransformer3DModel: its control blocks"):
-        host_for(refused())
-    with pytest.raises(UnsupportedModelError, match=r"class Linear; it knows WanTransformer3DModel \(Wan\)"):
-        host_for(torch.nn.Linear(1, 1))

@@ -93,6 +93,15 @@ def test_without_a_pipeline_timesteps_tell_the_order() -> None:
     assert [seen(watch, timestep=4.0)[3] for _ in range(2)] == ["pass 1", "pass 2"]
 
 
+def test_pipeline_that_never_says_where_it_is_tells_its_steps() -> None:
+    pipe = Pipe([9.0, 5.0])
+    del pipe._current_timestep
+    watch = Watch(pipe, BRANCHES)
+    values = [9.0, 9.0, 5.0, 5.0, 9.0]
+    assert [seen(watch, timestep=t)[:3] for t in values] == [(0, 0, 2), (0, 0, 2), (0, 1, 2), (0, 1, 2), (1, 0, 2)]
+    assert watch.look(None, 9.0).branch == "uncond"  # a plain number will do
+
+
 def test_one_timestep_for_ever_is_many_runs() -> None:
     watch = Watch(None, ())
     runs = [seen(watch, timestep=9.0)[0] for _ in range(3 * MAX_PASSES)]

@@ -18,15 +18,10 @@ class UnsupportedModelError(TypeError):
     """A model or pipeline that falloff cannot attach to, and what it can attach to."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Argument:
-    """One argument of a model's forward: by name, or by position when given so."""
-
-    name: str
-    position: int
-
-    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return kwargs[self.name] if self.name in kwargs else args[self.position]
+Given = Mapping[str, Any]
+"""The arguments of one forward of a model, by name."""
+Size = tuple[int, int, int]
+"""Frames, height, width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +33,18 @@ class Host:
     """Class names of the transformers."""
     self_attention: tuple[str, ...]
     """Module paths of the self-attention layers, ``*`` for a layer's number, in the order of the layers."""
-    latent: Argument
-    """The latent video [B, C, F, H, W]; its grid is (F, H, W) // ``patch``."""
-    patch: Callable[[Any], tuple[int, int, int]]
-    """The patch (frames, height, width) of a model, from its config."""
-    timestep: Argument
+    grid: Callable[[Given, Any], Size | str]
+    """The grid of a forward from its arguments and the model's config, or why it has none and stays dense."""
     text_side: Literal["after", "before"] | None = None
     """Where text stands in the self-attention calls; ``None``: there is none."""
-    branches: tuple[str, ...] = ()
+    frames: bool = True
+    """False for image models, whose grids have one frame for each image."""
+    branches: tuple[str, ...] = ("cond", "uncond")
     """What the passes of one step are, in the order of this family's pipelines, where these do not tell."""
+    square_mask: bool = False
+    """Masks are [B, 1, S, S], valid queries by valid keys: the first row, which is valid, tells the valid keys."""
+    refuse: Callable[[Any], str | None] = lambda config: None
+    """Why a model cannot be served, from its config; asked before every forward, as pipelines may change it."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Class names of the family that cannot be served, and why."""
 
@@ -58,9 +56,36 @@ class Host:
 
 def hosts() -> tuple[Host, ...]:
     """All families."""
-    from falloff.hosts import wan
+    from falloff.hosts import (
+        allegro,
+        cogvideox,
+        flux,
+        hunyuan_video,
+        hunyuan_video15,
+        kandinsky5,
+        linear,
+        ltx,
+        mochi,
+        qwenimage,
+        skyreels_v2,
+        wan,
+    )
 
-    return (wan.HOST,)
+    families = (
+        wan,
+        hunyuan_video,
+        hunyuan_video15,
+        mochi,
+        cogvideox,
+        ltx,
+        skyreels_v2,
+        kandinsky5,
+        allegro,
+        flux,
+        qwenimage,
+        linear,
+    )
+    return tuple(family.HOST for family in families)
 
 
 def host_for(model: object) -> Host:
@@ -73,6 +98,17 @@ def host_for(model: object) -> Host:
             return host
     supported = ", ".join(f"{model} ({host.family})" for host in hosts() for model in host.models)
     raise UnsupportedModelError(f"falloff does not know the model class {name}; it knows {supported}")
+
+
+def latent_grid(patch: Callable[[Any], Size], axes: Size = (2, 3, 4)) -> Callable[[Given, Any], Size]:
+    """Reads the grid off the latent video ``hidden_states``, whose ``axes`` are cut into patches."""
+
+    def grid(given: Given, config: Any) -> Size:
+        shape = given["hidden_states"].shape
+        frames, height, width = (shape[axis] // size for axis, size in zip(axes, patch(config), strict=True))
+        return frames, height, width
+
+    return grid
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -9,6 +9,7 @@ PyTorch tell the layer and the grid; a listener in diffusers' hook registry hear
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, HookRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
-from falloff.hosts import Host, UnsupportedModelError, op
+from falloff.hosts import Host, UnsupportedModelError, op, processors
 from falloff.hosts.where import Watch
 from falloff.session import DenseBackend, Seat, Session
 
@@ -41,7 +42,7 @@ def _backend_key() -> Any:
 
 KEY = _backend_key()
 _here = threading.local()
-"""The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's grid."""
+"""The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene."""
 
 
 def _route(
@@ -60,28 +61,22 @@ def _route(
         raise NotImplementedError(
             "falloff serves plain self-attention: no dropout, causal mask, grouped queries or context parallelism"
         )
-    return op.attend(query, key, value, _key_validity(attn_mask), _here.slot, _here.grid, scale)
+    mask = attn_mask[:, :, :1] if _here.square_mask and attn_mask is not None else attn_mask
+    return op.attend(query, key, value, mask, _here.slot, _here.grid, scale)
 
 
 _AttentionBackendRegistry.register(KEY)(_route)
-
-
-def _key_validity(mask: Tensor | None) -> Tensor | None:
-    """Valid keys [B, S] from a mask over keys alone, bool [B, 1, 1, S]."""
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
-        raise NotImplementedError(f"falloff takes masks bool [B, 1, 1, S] over keys, got {mask.dtype} {mask.shape}")
-    return mask[:, 0, 0]
 
 
 class Scene:
     """What traced code knows of an attached model: the grid of the last forward to start, int64 [3] on the CPU.
 
     It stays after the forward, because gradient checkpointing runs layers again during the backward.
+    ``square_mask``: see ``Host``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, square_mask: bool) -> None:
+        self.square_mask = square_mask
         self.grid = torch.zeros(3, dtype=torch.int64, device="cpu")
 
 
@@ -135,8 +130,9 @@ class Attachment:
         self.handles: list[Any] = []
         self.listener = Listener(watch)
         self.host = host
-        self.patch = host.patch(model.config)
-        self.scene = Scene()
+        self.names = list(inspect.signature(type(model).forward).parameters)[1:]
+        """Of the forward's arguments, in their order."""
+        self.scene = Scene(host.square_mask)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """A copied model is attached like the first, to a session of its own."""
@@ -159,10 +155,13 @@ class Attachment:
                 "falloff.enable(..., replace=True) to attach again, with the new backend for dense calls, or "
                 "falloff.disable(...)"
             )
-        shape = self.host.latent.read(args, kwargs).shape[-3:]
-        self.scene.grid = torch.tensor([n // p for n, p in zip(shape, self.patch, strict=True)], device="cpu")
-        timestep = self.host.timestep.read(args, kwargs)
-        self.session.begin(self.watch.look(self.listener.context, timestep), timestep.device)
+        _check_config(self.model, self.host)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        grid = self.host.grid(given, self.model.config)
+        reason = grid if isinstance(grid, str) else None
+        self.scene.grid = torch.tensor((0, 0, 0) if isinstance(grid, str) else grid, device="cpu")
+        position = self.watch.look(self.listener.context, given["timestep"])
+        self.session.begin(position, given["hidden_states"].device, reason)
 
 
 def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session, pipe: Any | None) -> None:
@@ -198,6 +197,7 @@ def detach(attachment: Attachment) -> None:
 
 def _attach(attachment: Attachment) -> None:
     model, host = attachment.model, attachment.host
+    _check_config(model, host)
     paths = host.attention_paths(model)
     users = Counter(id(module.processor) for module in model.modules() if hasattr(module, "processor"))
     model._falloff = attachment  # type: ignore[assignment]
@@ -211,8 +211,14 @@ def _attach(attachment: Attachment) -> None:
     _listen(model, attachment.listener)
 
 
+def _check_config(model: nn.Module, host: Host) -> None:
+    reason = host.refuse(model.config)
+    if reason is not None:
+        raise UnsupportedModelError(f"falloff cannot serve this {type(model).__name__}: {reason}")
+
+
 def _check_processor(path: str, processor: Any) -> None:
-    if not hasattr(processor, "_attention_backend"):
+    if type(processor) not in processors.SUBSTITUTES and not hasattr(processor, "_attention_backend"):
         raise UnsupportedModelError(
             f"{path} has the processor {type(processor).__name__}, which does not go through diffusers' attention "
             "dispatcher; falloff.enable needs the model's own processors"
@@ -223,13 +229,13 @@ def _check_processor(path: str, processor: Any) -> None:
 
 def _mark(path: str, attn: Any, seat: Seat, attachment: Attachment, *, shared: bool) -> Mark:
     before = attn.processor
-    slot = op.Slot(attachment.session, seat, _dense_backend(before._attention_backend))
+    processor = _ours(before, shared=shared)
+    key = processor._attention_backend
+    slot = op.Slot(attachment.session, seat, _dense_backend(key, per_sample=hasattr(processor, "drops_padding")))
     had_key = "_attention_backend" in vars(before)
-    processor = copy.copy(before) if shared else before  # the mark must not reach layers that share the processor
-    key = before._attention_backend
     attn._falloff_slot, attn._falloff_scene = op.register_slot(slot), attachment.scene
-    if shared:
-        attn.set_processor(processor)
+    if processor is not before:
+        _set_processor(attn, processor)
     processor._attention_backend = KEY
     handles = [
         attn.register_forward_pre_hook(_layer_starts),
@@ -240,28 +246,44 @@ def _mark(path: str, attn: Any, seat: Seat, attachment: Attachment, *, shared: b
     )
 
 
+def _ours(before: Any, *, shared: bool) -> Any:
+    """The processor to mark: the one there is, unless it cannot be reached or the mark would reach other layers."""
+    substitute = processors.SUBSTITUTES.get(type(before))
+    if substitute is not None:
+        return substitute()
+    return copy.copy(before) if shared else before
+
+
+def _set_processor(attn: Any, processor: Any) -> None:
+    if hasattr(attn, "set_processor"):
+        attn.set_processor(processor)
+    else:  # Mochi's attention
+        attn.processor = processor
+
+
 def _unmark(mark: Mark) -> None:
-    if mark.holds:
-        if mark.had_key:
-            mark.processor._attention_backend = mark.key
-        else:
-            del mark.processor._attention_backend
-        if mark.before is not mark.processor:
-            mark.attn.set_processor(mark.before)
+    substituted = type(mark.before) in processors.SUBSTITUTES and mark.attn.processor is mark.processor
+    if substituted or (mark.holds and mark.before is not mark.processor):
+        _set_processor(mark.attn, mark.before)
+    elif mark.holds and mark.had_key:
+        mark.processor._attention_backend = mark.key
+    elif mark.holds:
+        del mark.processor._attention_backend
     for handle in mark.handles:
         handle.remove()
     del mark.attn._falloff_slot, mark.attn._falloff_scene
 
 
-def _dense_backend(key: Any | None) -> DenseBackend:
+def _dense_backend(key: Any | None, *, per_sample: bool) -> DenseBackend:
     """The backend that a processor named, or the global one of the moment when it named none."""
 
     def name() -> str:
         chosen = key if key is not None else _AttentionBackendRegistry.get_active_backend()[0]
         return str(AttentionBackendName(chosen).value)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float | None) -> Tensor:
-        mask = key_valid[:, None, None] if key_valid is not None else None
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        if per_sample:
+            return processors.per_sample(q, k, v, mask, scale, key)
         out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=key)
         return out
 
@@ -303,6 +325,7 @@ def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> None:
 def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
     _here.slot = attn._falloff_slot
     _here.grid = attn._falloff_scene.grid
+    _here.square_mask = attn._falloff_scene.square_mask
 
 
 def _layer_ends(attn: Any, args: tuple[Any, ...], output: Any) -> None:

@@ -43,22 +43,23 @@ def register_slot(slot: Slot) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
 ) -> Tensor:
-    """Self-attention through the slot's session, [B, S, H, D]; ``grid`` int64 [3], zeros when unknown."""
+    """Self-attention through the slot's session, [B, S, H, D]; ``grid`` int64 [3], zeros when unknown.
+
+    ``mask``: as for PyTorch's attention, or ``None``.
+    """
     if torch.compiler.is_compiling():
-        out, _ = torch.ops.falloff.attention(query, key, value, key_valid, slot, grid, scale)
+        out, _ = torch.ops.falloff.attention(query, key, value, mask, slot, grid, scale)
         return out  # type: ignore[no-any-return]
-    return _attend(query, key, value, key_valid, slot, grid, scale)[0]
+    return _attend(query, key, value, mask, slot, grid, scale)[0]
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
 ) -> tuple[Tensor, bool]:
     here = _slots[int(slot)]
-    return here.session.attend(
-        here.seat, query, key, value, grid=_grid(grid), dense=here.dense, key_valid=key_valid, scale=scale
-    )
+    return here.session.attend(here.seat, query, key, value, grid=_grid(grid), dense=here.dense, mask=mask, scale=scale)
 
 
 def _grid(grid: Tensor) -> Grid | None:
@@ -68,16 +69,16 @@ def _grid(grid: Tensor) -> Grid | None:
 
 @torch.library.custom_op("falloff::attention", mutates_args=(), tags=_TAGS)
 def _attention_op(
-    query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output [B, S, H, D], and a 0-d CPU bool: whether a plan computed it, which the gradient must know."""
-    out, planned = _attend(query, key, value, key_valid, slot, grid, scale)
+    out, planned = _attend(query, key, value, mask, slot, grid, scale)
     return out.contiguous(), torch.tensor(planned, device="cpu")
 
 
 @_attention_op.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     return out, torch.empty((), dtype=torch.bool, device="cpu")
@@ -89,7 +90,7 @@ def _attention_backward_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_valid: Tensor | None,
+    mask: Tensor | None,
     slot: Tensor,
     grid: Tensor,
     planned: Tensor,
@@ -101,9 +102,7 @@ def _attention_backward_op(
     # PyTorch keeps autograd out of an operator's body; this lets it in again.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = here.session.attend_again(
-            here.seat, *inputs, grid=seen, dense=here.dense, key_valid=key_valid, scale=scale
-        )
+        out = here.session.attend_again(here.seat, *inputs, grid=seen, dense=here.dense, mask=mask, scale=scale)
         dq, dk, dv = torch.autograd.grad(out, inputs, grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -115,8 +114,8 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *unused: Any) -> 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, key_valid, slot, grid, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, key_valid, slot, grid, output[1])
+    query, key, value, mask, slot, grid, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, mask, slot, grid, output[1])
     ctx.mark_non_differentiable(output[1])
 
 

@@ -10,6 +10,7 @@ import math
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from falloff.session import Position
@@ -43,17 +44,19 @@ class Watch:
         """The next forward starts a run."""
         self._ended = True
 
-    def look(self, context: Any | None, timestep: Tensor) -> Position:
+    def look(self, context: Any | None, timestep: Tensor | float) -> Position:
         """Where the forward that is about to start stands.
 
         ``context``: what the pipeline said through ``cache_context`` (``name``, ``step_index``,
-        ``num_inference_steps``), or ``None``. ``timestep`` [B] or [B, S] is read only without a running pipeline,
-        because that waits for the device.
+        ``num_inference_steps``), or ``None``. ``timestep``, a number, [B] or [B, S], is read only without a running
+        pipeline, or with one that does not say where it is, because that waits for the device.
         """
         pipe = self._pipe() if self._pipe is not None else None
         mark = getattr(pipe, "_current_timestep", None)
         if pipe is None or mark is None:
-            return self._by_value(context, float(timestep.max()))
+            mute = pipe is not None and not hasattr(pipe, "_current_timestep")  # it never says whether it runs
+            steps = getattr(pipe, "_num_timesteps", None) if mute else None
+            return self._by_value(context, float(torch.as_tensor(timestep).max()), steps)
         index = getattr(context, "step_index", None)
         if index is None:
             index = self._scheduler_step(pipe.scheduler)
@@ -65,12 +68,12 @@ class Watch:
         steps = getattr(context, "num_inference_steps", None)
         return self._position(context, steps if steps is not None else getattr(pipe, "_num_timesteps", None))
 
-    def _by_value(self, context: Any | None, mark: float) -> Position:
+    def _by_value(self, context: Any | None, mark: float, steps: int | None) -> Position:
         """Timesteps fall during a run, whatever their unit."""
         before = self._mark if isinstance(self._mark, float) else math.inf
         start = mark > before or before == math.inf or (mark == before and self._pass + 1 == MAX_PASSES)
         self._advance(mark, start=start, same_step=mark == before)
-        return self._position(context, None)
+        return self._position(context, steps)
 
     def _advance(self, mark: Tensor | float, *, start: bool, same_step: bool) -> None:
         if self._ended or start:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from falloff.geometry import Sequence
@@ -48,6 +49,8 @@ class Method(ABC):
     """How the command line and recipes call it."""
     static: ClassVar[bool] = False
     """Plans depend on the sequence alone, so that one plan serves every layer, step and branch."""
+    needs_frames: ClassVar[bool] = False
+    """Plans between frames alone, so that it has nothing to leave out of an image."""
     schedule: ClassVar[Schedule] = Schedule()
     """What stays dense unless the user says otherwise."""
 
@@ -58,3 +61,17 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for JSON and YAML; ``type(m)(**m.settings()) == m``."""
         return dataclasses.asdict(self)
+
+
+def plan_for(method: Method, sequence: Sequence) -> Plan:
+    """The plan of a static method for a sequence, for use without a model.
+
+    Raises ``ValueError`` for a method that looks at queries and keys, and for one that keeps this sequence dense.
+    """
+    if not method.static:
+        raise ValueError(f"{method.name} plans from queries and keys; call its plan() with them")
+    nothing = torch.empty(0)
+    plan = method.plan(Call(sequence=sequence), nothing, nothing, nothing, State())
+    if isinstance(plan, Dense):
+        raise ValueError(f"{method.name} has no plan for {sequence}: {plan.reason}")
+    return plan

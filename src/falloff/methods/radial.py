@@ -54,6 +54,7 @@ class Radial(Method):
 
     name: ClassVar[str] = "radial"
     static: ClassVar[bool] = True
+    needs_frames: ClassVar[bool] = True
 
     decay: float = 0.2
     block: int | Literal["auto"] = "auto"
