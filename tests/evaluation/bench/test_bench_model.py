@@ -1,5 +1,4 @@
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,9 +171,8 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch: pytest.M
         measure(TINY, dtype=torch.bfloat16, device=CPU)
 
 
-def test_masks_of_hunyuan_are_dropped_for_dense_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_of_hunyuan_are_dropped_for_dense_peers() -> None:
     """Its attention gets a mask that keeps everything, which the fast dense kernels do not take."""
-    monkeypatch.setattr(models, "host_for", lambda made: SimpleNamespace(patch=lambda config: (1, 2, 2)))
     hunyuan = TrueModel(
         shape=on_grid("hunyuan", 2, 12, Grid(2, 4, 4), text=5),
         kind=HUNYUAN,

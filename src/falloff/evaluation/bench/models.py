@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +100,18 @@ def inputs(model: TrueModel, made: nn.Module, dtype: torch.dtype, device: torch.
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
-    patch = host_for(made).patch(config)
-    sides = [n * p for n, p in zip((grid.frames, grid.height, grid.width), patch, strict=True)]
+    patch, prompt = _FAMILIES[model.kind]
+    sides = [n * p for n, p in zip((grid.frames, grid.height, grid.width), patch(config), strict=True)]
     latents = draw(1, config.in_channels, *sides)
     timestep = torch.tensor([500], device=device)
-    return {"hidden_states": latents, "timestep": timestep, **_PROMPTS[model.kind](config, model.text, draw)}
+    return {"hidden_states": latents, "timestep": timestep, **prompt(config, model.text, draw)}
+
+
+class _Family(NamedTuple):
+    """The patch (frames, height, width) of a config, and the arguments of a forward that tell the prompt."""
+
+    patch: Callable[[Any], tuple[int, ...]]
+    prompt: Callable[[Any, int, Callable[..., Tensor]], Inputs]
 
 
 def _wan_prompt(config: Any, text: int, draw: Callable[..., Tensor]) -> Inputs:
@@ -121,7 +128,10 @@ def _hunyuan_prompt(config: Any, text: int, draw: Callable[..., Tensor]) -> Inpu
     }
 
 
-_PROMPTS: dict[str, Callable[[Any, int, Callable[..., Tensor]], Inputs]] = {WAN: _wan_prompt, HUNYUAN: _hunyuan_prompt}
+_FAMILIES: dict[str, _Family] = {
+    WAN: _Family(lambda config: tuple(config.patch_size), _wan_prompt),
+    HUNYUAN: _Family(lambda config: (config.patch_size_t, config.patch_size, config.patch_size), _hunyuan_prompt),
+}
 
 
 @contextmanager
