@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from falloff.cli.settings import choose, choose_all, words
+from falloff.kernels import proof
+from falloff.kernels.vendor import flex
 
 SPARSE = ("--set", "block=2", "--set", "dense_first=1", "--set", "sink_frames=0")
 
@@ -115,9 +117,12 @@ def test_doctor(falloff) -> None:
     assert result.code == 0
     assert "torch" in result.out
     assert "reference" in result.out
+    assert "trying kernels of others" in result.err
     found = json.loads(falloff("doctor", "--json").out)
-    assert {kernel["name"] for kernel in found["kernels"]} >= {"reference"}
-    assert all(kernel["why"] for kernel in found["kernels"])
+    kernels = {kernel["name"]: kernel for kernel in found["kernels"]}
+    assert kernels.keys() >= {"reference", "flex", "cudnn", "flash4", "flashinfer", "sparge"}
+    assert all(kernel["why"] for kernel in kernels.values())
+    assert kernels["flex"]["can_run"] == (flex.absent() is None and proof.verdict(flex.KERNEL, flex.trial()) is None)
 
 
 def test_methods(falloff) -> None:
