@@ -48,7 +48,7 @@ HALF: dict[int, dict[tuple[Pass, int], tuple[Tile, ...]]] = {
     120: _SMALL,
 }
 """Of 16-bit tensors: architecture -> (pass, head dims up to) -> tiles, the most efficient first."""
-FULL = Tile(16, 16, 4, 2)
+FULL = Tile(16, 16, 8, 2)
 """Of float32, everywhere: multiplied without tensor cores, which round it."""
 
 
