@@ -108,7 +108,7 @@ class _Mode(TorchFunctionMode):
         self.calls.sparse += 1
         valid = attn_mask[:, 0, 0].expand(query.shape[0], -1) if attn_mask is not None else None
         plan = self.plans.setdefault(query.device, self.plan.to(query.device))
-        return kernels.run(plan, query, key, value, scale=scale, key_valid=valid, impl=self.kernel)[0]
+        return kernels.attend(plan, query, key, value, scale=scale, key_valid=valid, impl=self.kernel)
 
     def _reason(self, query: Tensor, key: Tensor, mask: Tensor | None) -> str | None:
         if query.ndim != 4:

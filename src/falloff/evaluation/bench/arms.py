@@ -99,4 +99,4 @@ def refusal(plan: Plan, inputs: Inputs, name: str) -> str | None:
 
 
 def on_plan(plan: Plan, name: str) -> dense.Attend:
-    return lambda q, k, v: kernels.run(plan, q, k, v, impl=name)[0]
+    return lambda q, k, v: kernels.attend(plan, q, k, v, impl=name)
