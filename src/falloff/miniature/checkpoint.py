@@ -19,7 +19,7 @@ GENERATION: dict[str, Any] = {
     "width": 128,
     "num_frames": 65,
     "num_inference_steps": 12,
-    "guidance_scale": 4.0,
+    "guidance_scale": 3.0,
     "max_sequence_length": text.LENGTH,
     "fps": 16,
 }
