@@ -108,10 +108,10 @@ def attention_figures() -> str:
         for name, arm in row["arms"].items():
             if arm["kind"] == "sparse":
                 rows.append([*start, name, f"{arm['speedup']:.2f}x", f"{arm['efficiency']:.2f}"])
-        rows += [[*start, name, "", ""] for name in row["refused"]]
-    reasons = {f"{name}: {reason}." for row in result["rows"] for name, reason in row["refused"].items()}
+    refused = {(name, reason) for row in result["rows"] for name, reason in row["refused"].items()}
+    reasons = ["Not measured: " + "; ".join(f"{name} ({reason})" for name, reason in sorted(refused)) + "."]
     head = ["attention", "density", "kernel", "speed-up", "efficiency"]
-    return "\n\n".join([table(head, rows), *sorted(reasons), source(result, path)])
+    return "\n\n".join([table(head, rows), *(reasons if refused else []), source(result, path)])
 
 
 FIGURES: dict[str, Callable[[], str]] = {
