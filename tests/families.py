@@ -21,7 +21,7 @@ TEXT = 8
 class Family:
     """``config`` of a model of ``layers`` self-attention layers; ``inputs(random, grid, batch)`` of a forward.
 
-    ``text`` counts the tokens beside the grid. Image models take grids of one frame.
+    ``text`` counts the tokens beside the grid, after it or ``text_first``. Image models take grids of one frame.
     """
 
     model: str
@@ -29,6 +29,7 @@ class Family:
     inputs: Callable[[Random, Size, int], dict[str, Any]]
     layers: int
     text: int = 0
+    text_first: bool = False
     image: bool = False
     least_frames: int = 1
     least_tokens: int = 1
@@ -348,13 +349,16 @@ FAMILIES = {
         layers=2,
         text=5,
     ),
-    "CogVideoX": Family(model="CogVideoXTransformer3DModel", config=COGVIDEOX, inputs=_cogvideox, layers=2, text=5),
+    "CogVideoX": Family(
+        model="CogVideoXTransformer3DModel", config=COGVIDEOX, inputs=_cogvideox, layers=2, text=5, text_first=True
+    ),
     "CogVideoX 1.5 I2V": Family(
         model="CogVideoXTransformer3DModel",
         config={**COGVIDEOX, "patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 8},
         inputs=_cogvideox_1_5,
         layers=2,
         text=5,
+        text_first=True,
     ),
     "Allegro": Family(
         model="AllegroTransformer3DModel",
@@ -427,6 +431,7 @@ FAMILIES = {
         inputs=_flux,
         layers=2,
         text=5,
+        text_first=True,
         image=True,
     ),
     "FLUX.2": Family(
@@ -435,6 +440,7 @@ FAMILIES = {
         inputs=_flux2,
         layers=2,
         text=5,
+        text_first=True,
         image=True,
     ),
     "QwenImage": Family(
@@ -451,6 +457,7 @@ FAMILIES = {
         inputs=_qwenimage,
         layers=2,
         text=5,
+        text_first=True,
         image=True,
     ),
 }

@@ -58,7 +58,7 @@ class Frames(Method):
 
 
 FULL = Frames(seen=99)
-"""Every block on, through our kernels."""
+"""Every block on; through our kernels where one is named."""
 
 
 def transformer(layers: int = 2, seed: int = 0, channels: int = 16, out_channels: int = 16) -> WanTransformer3DModel:

@@ -39,7 +39,7 @@ def sparse_differs(model: nn.Module, plain: Tensor) -> None:
 
 def test_full_map_is_dense_attention(model: Any) -> None:
     plain = forward(model)
-    falloff.enable(model, tiny.FULL)
+    falloff.enable(model, tiny.FULL, kernel="cpu")
     assert falloff.report(model).calls == []
     assert torch.equal(forward(model), plain)
     assert [call.reason for call in falloff.report(model).calls] == [None, None]
@@ -296,7 +296,7 @@ def test_gradients_flow(model: Any, checkpointing: bool) -> None:
     if checkpointing:
         model.enable_gradient_checkpointing()
     plain = gradients(model)
-    falloff.enable(model, tiny.FULL)
+    falloff.enable(model, tiny.FULL, kernel="cpu")
     torch.testing.assert_close(gradients(model), plain, atol=1e-6, rtol=1e-4)
     falloff.enable(model, "dense", replace=True)
     for ours, theirs in zip(gradients(model), plain, strict=True):

@@ -84,11 +84,13 @@ def test_sparse_is_masked_attention_and_pins_text(name: str) -> None:
     with falloff.using(model, sparse(family)):
         out = run(model, arguments)
         report = falloff.report(model)
+        seen = tuple(model._falloff.scene.grid.tolist())
     grid = GRIDS["image" if family.image else "video"]
+    assert seen == grid
     tokens = grid[0] * grid[1] * grid[2] + family.text
     assert report.reasons == {}
     assert report.plan.q_len == tokens
-    text = slice(0, family.text) if host_for(model).text_side == "before" else slice(tokens - family.text, tokens)
+    text = slice(0, family.text) if family.text_first else slice(tokens - family.text, tokens)
     assert report.plan.mask()[..., text, :].all()
     assert report.plan.mask()[..., text].all()
     with masked(tokens, report.plan.mask()):
@@ -153,6 +155,7 @@ def odd_grid(name: str, sparsified: nn.Module, examples: int) -> None:
         torch.testing.assert_close(run(sparsified, arguments), run(model, arguments), atol=2e-6, rtol=1e-5)
         report = falloff.report(sparsified)
         assert report.reasons == {}
+        assert sparsified._falloff.scene.grid.tolist() == [frames, *grid[1:]]
         assert report.plan.q_len == frames * grid[1] * grid[2] + family.text
 
     check()
