@@ -17,6 +17,7 @@ from torch import Tensor
 
 from falloff import kernels
 from falloff.geometry import Grid, Sequence
+from falloff.kernels.masks import mask_fault, valid_keys
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.plan import Plan
 from falloff.schedule import Schedule
@@ -325,17 +326,10 @@ class Session:
             choice = kernels.Choice(dense.name(), "the plan leaves nothing out: the model's own attention", ())
             return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), choice
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        key_valid = mask[:, 0, 0].expand(q.shape[0], -1) if mask is not None else None
-        choice = kernels.choose(
-            plan,
-            q,
-            impl=self.kernel,
-            needs_grad=needs_grad,
-            needs_lse=False,
-            drops_keys=key_valid is not None,
+        valid = valid_keys(mask, len(q))
+        out, _, choice = kernels.dispatch(
+            plan, q, k, v, scale=scale, key_valid=valid, impl=self.kernel, needs_lse=False
         )
-        out = kernels.attend(plan, q, k, v, scale=scale, key_valid=key_valid, impl=choice.name)
         return out.transpose(1, 2), choice
 
     def _decide(
@@ -347,8 +341,8 @@ class Session:
             return Dense("grid unknown")
         if k.shape[2] != q.shape[2]:
             return Dense(f"{q.shape[2]} queries attend to {k.shape[2]} keys: no self-attention")
-        if mask is not None and (mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
-            return Dense(f"its mask, {mask.dtype} of shape {tuple(mask.shape)}, is not over keys alone")
+        if (fault := mask_fault(mask)) is not None:
+            return Dense(fault)
         text = q.shape[2] - grid.tokens
         if text < 0 or (text > 0 and seat.text_side is None):
             return Dense(f"{q.shape[2]} tokens do not fit the grid {grid} of {grid.tokens}")

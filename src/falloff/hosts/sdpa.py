@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from falloff import kernels
 from falloff.geometry import Grid, Sequence
+from falloff.kernels.masks import mask_fault, valid_keys
 from falloff.methods.base import Method, plan_for
 from falloff.plan import Plan
 
@@ -106,8 +106,10 @@ class _Mode(TorchFunctionMode):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self.calls.sparse += 1
-        valid = attn_mask[:, 0, 0].expand(query.shape[0], -1) if attn_mask is not None else None
-        plan = self.plans.setdefault(query.device, self.plan.to(query.device))
+        valid = valid_keys(attn_mask, len(query))
+        if query.device not in self.plans:  # moving a plan checks it again, which waits for the device
+            self.plans[query.device] = self.plan.to(query.device)
+        plan = self.plans[query.device]
         return kernels.attend(plan, query, key, value, scale=scale, key_valid=valid, impl=self.kernel)
 
     def _reason(self, query: Tensor, key: Tensor, mask: Tensor | None) -> str | None:
@@ -115,9 +117,7 @@ class _Mode(TorchFunctionMode):
             return f"queries of {query.ndim} dimensions, expected [B, H, N, D]"
         if query.shape[2] != self.plan.q_len or key.shape[2] != self.plan.kv_len:
             return f"{query.shape[2]} queries and {key.shape[2]} keys"
-        if mask is not None and (mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1)):
-            return f"a mask, {mask.dtype} of shape {tuple(mask.shape)}, that is not over keys alone"
-        return None
+        return mask_fault(mask)
 
 
 def _planned(

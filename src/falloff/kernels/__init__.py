@@ -11,7 +11,7 @@ from falloff.kernels.merge import merge
 from falloff.kernels.needs import differentiable
 from falloff.plan import Plan
 
-__all__ = ["Choice", "KernelError", "UnsupportedError", "attend", "available", "choose", "merge", "run"]
+__all__ = ["Choice", "KernelError", "UnsupportedError", "attend", "available", "choose", "dispatch", "merge", "run"]
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
     Raises ``KernelError`` when the tensors do not fit the plan, ``UnsupportedError`` when the kernel named by
     ``impl`` cannot run the call.
     """
-    out, lse = _attend(plan, q_BHND, k_BHND, v_BHND, scale, key_valid, impl, needs_lse=True)
+    out, lse, _ = dispatch(plan, q_BHND, k_BHND, v_BHND, scale=scale, key_valid=key_valid, impl=impl, needs_lse=True)
     assert lse is not None  # a kernel without one refuses
     return out, lse
 
@@ -50,20 +50,21 @@ def attend(
     impl: str = "auto",
 ) -> Tensor:
     """As ``run`` for callers without need of an LSE, whom more kernels serve: out [B, H, Nq, D]."""
-    return _attend(plan, q_BHND, k_BHND, v_BHND, scale, key_valid, impl, needs_lse=False)[0]
+    return dispatch(plan, q_BHND, k_BHND, v_BHND, scale=scale, key_valid=key_valid, impl=impl, needs_lse=False)[0]
 
 
-def _attend(
+def dispatch(
     plan: Plan,
     q_BHND: Tensor,
     k_BHND: Tensor,
     v_BHND: Tensor,
+    *,
     scale: float | None,
     key_valid: Tensor | None,
     impl: str,
-    *,
     needs_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Choice]:
+    """What ``run`` and ``attend`` do: out, the LSE (perhaps ``None`` where it is not needed), and the choice made."""
     check_call(plan, q_BHND, k_BHND, v_BHND, key_valid)
     choice = choose(
         plan,
@@ -74,4 +75,5 @@ def _attend(
         drops_keys=key_valid is not None,
     )
     scale = q_BHND.shape[-1] ** -0.5 if scale is None else scale
-    return kernel_named(choice.name).attention(plan, q_BHND, k_BHND, v_BHND, scale, key_valid)
+    out, lse = kernel_named(choice.name).attention(plan, q_BHND, k_BHND, v_BHND, scale, key_valid)
+    return out, lse, choice
