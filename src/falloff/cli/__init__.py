@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         code = app(list(arguments), prog_name="falloff", standalone_mode=False)
     except UsageError as error:
         # the message is empty where no command was given and typer has shown the help instead
-        return _fail(f"{error.format_message().rstrip('.')}; see 'falloff --help'" if str(error) else "", 2)  # type: ignore[attr-defined]
+        return _fail(f"{error.format_message().rstrip('.')}; see 'falloff --help'" if str(error) else "", 2)  # type: ignore[attr-defined]  # of typer's own class, found at run time
     except CommandError as error:
         return _fail(str(error), error.code)
     except (KeyboardInterrupt, typer.Abort):

@@ -80,7 +80,7 @@ class Scene:
         self.grid = torch.zeros(3, dtype=torch.int64, device="cpu")
 
 
-class Listener(ModelHook):  # type: ignore[misc]
+class Listener(ModelHook):  # type: ignore[misc]  # diffusers has no types
     """Hears what the pipeline says through ``cache_context``, and that a pipeline call is over."""
 
     _is_stateful = True
@@ -200,7 +200,7 @@ def _attach(attachment: Attachment) -> None:
     _check_config(model, host)
     paths = host.attention_paths(model)
     users = Counter(id(module.processor) for module in model.modules() if hasattr(module, "processor"))
-    model._falloff = attachment  # type: ignore[assignment]
+    model._falloff = attachment  # type: ignore[assignment]  # modules say tensors or modules
     for layer, path in enumerate(paths):
         attn = model.get_submodule(path)
         _check_processor(path, attn.processor)
@@ -312,12 +312,12 @@ def _unlisten(model: nn.Module) -> None:
 
 # PyTorch runs the hooks of a compiled model outside its graph, but would compile each of them by itself. Inside an
 # outer compiled function they break the graph, so such a function cannot be compiled with fullgraph=True.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch left it untyped
 def _root_starts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     model._falloff.arrive(args, kwargs)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch left it untyped
 def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> None:
     model._falloff.session.end()
 

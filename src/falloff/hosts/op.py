@@ -51,7 +51,7 @@ def attend(
     """
     if torch.compiler.is_compiling():
         out, _ = torch.ops.falloff.attention(query, key, value, mask, slot, grid, scale)
-        return out  # type: ignore[no-any-return]
+        return out  # type: ignore[no-any-return]  # torch.ops has no types
     return _attend(query, key, value, mask, slot, grid, scale)[0]
 
 
