@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from falloff.methods import Full, Method, Radial
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
+    from falloff.reporting import Report
     from falloff.schedule import Schedule
-    from falloff.session import Report
 
 __all__ = [
     "PRESETS",
@@ -49,8 +49,8 @@ _HOME = {
     "falloff.methods": ("Full", "Method", "Radial"),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
+    "falloff.reporting": ("Report",),
     "falloff.schedule": ("Schedule",),
-    "falloff.session": ("Report",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 

@@ -12,8 +12,9 @@ from falloff import kernels, methods
 from falloff.hosts import UnsupportedModelError, host_for
 from falloff.methods.base import Method, plan_for
 from falloff.plan import Plan
+from falloff.reporting import Report
 from falloff.schedule import Schedule
-from falloff.session import Report, Session
+from falloff.session import Session
 
 if TYPE_CHECKING:
     from falloff.hosts import Host

@@ -24,8 +24,8 @@ from falloff.evaluation.metrics import psnr, ssim
 from falloff.evaluation.video import encode
 from falloff.methods import get
 from falloff.methods.base import Method
+from falloff.reporting import Report
 from falloff.schedule import Schedule
-from falloff.session import Report
 
 WARM_UP_STEPS = 2
 NO_DENSE = Schedule(dense_first=0, dense_last=0, dense_layers=())
