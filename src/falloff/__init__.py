@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from falloff.api import attention, disable, enable, plan_for, report, using
     from falloff.evaluation.compare import compare
+    from falloff.evaluation.tune import Goal, tune
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
     from falloff.methods import Full, Method, Radial
@@ -24,6 +25,7 @@ __all__ = [
     "PRESETS",
     "BlockMap",
     "Full",
+    "Goal",
     "Grid",
     "Method",
     "Plan",
@@ -41,12 +43,14 @@ __all__ = [
     "preset",
     "report",
     "sdpa",
+    "tune",
     "using",
 ]
 
 _HOME = {
     "falloff.api": ("attention", "disable", "enable", "plan_for", "report", "using"),
     "falloff.evaluation.compare": ("compare",),
+    "falloff.evaluation.tune": ("Goal", "tune"),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
     "falloff.methods": ("Full", "Method", "Radial"),
