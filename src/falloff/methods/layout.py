@@ -5,6 +5,7 @@ Text keys may be padding, which says nothing about a video, so that predictors l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from falloff.geometry import Grid, Sequence, tile_order
+from falloff.methods.base import Dense
 from falloff.methods.pooling import tile_sizes
 from falloff.plan import BlockMap, Plan
 
 Tile = tuple[int, int, int]
+Rule = Callable[[Tensor, Tensor], Tensor]
+"""Queries and keys of the video [B, H, N, D] to a map over their blocks, bool [B, H, T, T]."""
+NOT_FINITE = Dense("queries or keys are not finite")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,23 @@ class UniformBlocks:
         )
 
 
+def predicted(sequence: Sequence, block: int, q_BHND: Tensor, k_BHND: Tensor, rule: Rule) -> Plan | Dense:
+    """The plan whose map ``rule`` predicts from the video's own queries and keys, cut into blocks of ``block``."""
+    blocks = UniformBlocks(sequence, block)
+    q, k = blocks.video(q_BHND), blocks.video(k_BHND)
+    if not finite(q, k):
+        return NOT_FINITE
+    if not q.shape[2]:  # text touches every block
+        return blocks.plan(torch.ones(1, 1, 0, 0, dtype=torch.bool, device=q.device))
+    return blocks.plan(rule(q, k))
+
+
+def finite(*tensors: Tensor) -> bool:
+    """Whether all numbers are; their sum is finite exactly then, unless it overflows float32."""
+    sums = torch.stack([x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors])
+    return bool(sums.isfinite().all())
+
+
 def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor) -> Plan:
     """The plan of a map over the grid's tiles in raster order, [B|1, H|1, T, T]; text is a block of its own, all on."""
     sizes = tile_sizes(sequence.grid, tile)
@@ -88,6 +110,17 @@ def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor) -> Plan:
 def tiles_across(grid: Grid, tile: Tile) -> Tile:
     """Tiles along each axis."""
     return -(-grid.frames // tile[0]), -(-grid.height // tile[1]), -(-grid.width // tile[2])
+
+
+def check_block(block: object) -> None:
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"block = {block!r} must be a number of tokens of at least 1")
+
+
+def check_share(field: str, share: object) -> None:
+    """Raise ``ValueError`` unless ``share`` lies above 0 and is at most 1."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+        raise ValueError(f"{field} = {share!r} must be above 0 and at most 1")
 
 
 def _as_uniform(sizes: Tensor, device: torch.device) -> int | Tensor:
