@@ -19,7 +19,7 @@ from falloff.plan import BlockMap, Plan
 
 Tile = tuple[int, int, int]
 Rule = Callable[[Tensor, Tensor], Tensor]
-"""Queries and keys of the video [B, H, N, D] to a map over their blocks, bool [B, H, T, T]."""
+"""Queries and keys of the video [B, H, N, D] to a map over their blocks, bool [B, H, Tq, Tk]."""
 NOT_FINITE = Dense("queries or keys are not finite")
 
 
@@ -31,52 +31,51 @@ class UniformBlocks:
     size: int
 
     @property
-    def count(self) -> int:
-        return -(-self.sequence.tokens // self.size)
-
-    @property
-    def first(self) -> int:
-        """The first block of video tokens alone."""
-        return -(-self.sequence.video_start // self.size)
-
-    @property
-    def last(self) -> int:
-        """One after the last block of video tokens alone; at most ``first`` where there is none."""
+    def pinned(self) -> tuple[int, int]:
+        """Blocks with text before and after those of video tokens alone; all of them before, where none is such."""
+        count = -(-self.sequence.tokens // self.size)
+        first, last = -(-self.sequence.video_start // self.size), count
         if self.sequence.text and self.sequence.text_side == "after":
-            return self.sequence.grid.tokens // self.size
-        return self.count
+            last = self.sequence.grid.tokens // self.size
+        return (first, count - last) if first < last else (count, 0)
 
-    def video(self, x_BHND: Tensor) -> Tensor:
+    @property
+    def tokens(self) -> slice:
         """The tokens of the blocks that hold video alone."""
-        return x_BHND[:, :, self.first * self.size : max(self.last, self.first) * self.size]
-
-    def plan(self, on_BHTT: Tensor, *, order: Tensor | None = None, kv_order: Tensor | None = None) -> Plan:
-        """The plan of a map over the blocks of ``video``, [B|1, H|1, T, T], all else on.
-
-        ``order``, ``kv_order``: of the sequence's queries and keys, as for a plan.
-        """
-        first, after = self.first, self.count - max(self.last, self.first)
-        on = F.pad(on_BHTT, (first, after, first, after), value=True)
-        return Plan(
-            q_len=self.sequence.tokens,
-            kv_len=self.sequence.tokens,
-            q_sizes=self.size,
-            kv_sizes=self.size,
-            blocks=BlockMap.from_dense(on),
-            q_order=order,
-            kv_order=kv_order,
-        )
+        before, after = self.pinned
+        end = self.sequence.grid.tokens // self.size * self.size if after else self.sequence.tokens
+        return slice(min(before * self.size, end), end)
 
 
-def predicted(sequence: Sequence, block: int, q_BHND: Tensor, k_BHND: Tensor, rule: Rule) -> Plan | Dense:
-    """The plan whose map ``rule`` predicts from the video's own queries and keys, cut into blocks of ``block``."""
-    blocks = UniformBlocks(sequence, block)
-    q, k = blocks.video(q_BHND), blocks.video(k_BHND)
+def predicted(
+    sequence: Sequence, q_block: int, kv_block: int, q_BHND: Tensor, k_BHND: Tensor, rule: Rule
+) -> Plan | Dense:
+    """The plan whose map ``rule`` predicts from the video's own queries and keys."""
+    q_blocks, kv_blocks = UniformBlocks(sequence, q_block), UniformBlocks(sequence, kv_block)
+    q, k = q_BHND[:, :, q_blocks.tokens], k_BHND[:, :, kv_blocks.tokens]
     if not finite(q, k):
         return NOT_FINITE
-    if not q.shape[2]:  # text touches every block
-        return blocks.plan(torch.ones(1, 1, 0, 0, dtype=torch.bool, device=q.device))
-    return blocks.plan(rule(q, k))
+    if min(q.shape[2], k.shape[2]):
+        on = rule(q, k)
+    else:  # text touches every block
+        shape = (1, 1, -(-q.shape[2] // q_block), -(-k.shape[2] // kv_block))
+        on = torch.ones(shape, dtype=torch.bool, device=q.device)
+    return uniform_plan(q_blocks, kv_blocks, on)
+
+
+def uniform_plan(
+    q_blocks: UniformBlocks, kv_blocks: UniformBlocks, on_BHQK: Tensor, kv_order: Tensor | None = None
+) -> Plan:
+    """The plan of a map over the blocks of video tokens alone, [B|1, H|1, Tq, Tk]; all others are on."""
+    tokens = q_blocks.sequence.tokens
+    return Plan(
+        q_len=tokens,
+        kv_len=tokens,
+        q_sizes=q_blocks.size,
+        kv_sizes=kv_blocks.size,
+        blocks=BlockMap.from_dense(F.pad(on_BHQK, (*kv_blocks.pinned, *q_blocks.pinned), value=True)),
+        kv_order=kv_order,
+    )
 
 
 def finite(*tensors: Tensor) -> bool:
@@ -112,9 +111,10 @@ def tiles_across(grid: Grid, tile: Tile) -> Tile:
     return -(-grid.frames // tile[0]), -(-grid.height // tile[1]), -(-grid.width // tile[2])
 
 
-def check_block(block: object) -> None:
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"block = {block!r} must be a number of tokens of at least 1")
+def check_count(field: str, count: object, unit: str = "tokens") -> None:
+    """Raise ``ValueError`` unless ``count`` is an int of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{field} = {count!r} must be a number of {unit} of at least 1")
 
 
 def check_share(field: str, share: object) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from falloff.methods.base import Call, Dense, Method, State
-from falloff.methods.layout import check_block, check_share, predicted
+from falloff.methods.layout import check_count, check_share, predicted
 from falloff.methods.select import mass_ge
 from falloff.plan import Plan
 
@@ -44,13 +44,12 @@ class XAttention(Method):
     block: int = 128
 
     def __post_init__(self) -> None:
-        check_block(self.block)
+        check_count("block", self.block)
+        check_count("stride", self.stride)
         if isinstance(self.tau, tuple | list):
             object.__setattr__(self, "tau", tuple(self.tau))
         for share in self._shares():
             check_share("tau", share)
-        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
-            raise ValueError(f"stride = {self.stride!r} must be a number of tokens of at least 1")
         if self.block % self.stride:
             raise ValueError(f"stride = {self.stride} must divide the block of {self.block} tokens")
 
@@ -61,6 +60,7 @@ class XAttention(Method):
         share = torch.tensor(shares, device=q_BHND.device).view(-1, 1, 1)
         return predicted(
             call.sequence,
+            self.block,
             self.block,
             q_BHND,
             k_BHND,
