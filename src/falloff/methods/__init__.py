@@ -8,10 +8,13 @@ from typing import Any
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.full import Full
 from falloff.methods.radial import Radial
+from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
 from falloff.methods.xattention import XAttention
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Radial, SlidingTile, XAttention)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Full, Radial, SlidingTile, XAttention, SpargeAttn)
+}
 """Every method by the name that the command line and recipes use."""
 
 
@@ -30,4 +33,16 @@ def get(name: str, **settings: Any) -> Method:
     return method(**settings)
 
 
-__all__ = ["METHODS", "Call", "Dense", "Full", "Method", "Radial", "SlidingTile", "State", "XAttention", "get"]
+__all__ = [
+    "METHODS",
+    "Call",
+    "Dense",
+    "Full",
+    "Method",
+    "Radial",
+    "SlidingTile",
+    "SpargeAttn",
+    "State",
+    "XAttention",
+    "get",
+]
