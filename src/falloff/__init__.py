@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from falloff.evaluation.compare import compare
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import Full, Method, Radial, SlidingTile, SpargeAttn, XAttention
+    from falloff.methods import VSA, Full, Method, Radial, SlidingTile, SpargeAttn, XAttention
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.schedule import Schedule
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "VSA",
     "BlockMap",
     "Full",
     "Grid",
@@ -49,7 +50,7 @@ _HOME = {
     "falloff.evaluation.compare": ("compare",),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("Full", "Method", "Radial", "SlidingTile", "XAttention", "SpargeAttn"),
+    "falloff.methods": ("Full", "Method", "Radial", "SlidingTile", "XAttention", "SpargeAttn", "VSA"),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.schedule": ("Schedule",),

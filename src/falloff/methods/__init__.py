@@ -10,10 +10,11 @@ from falloff.methods.full import Full
 from falloff.methods.radial import Radial
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
+from falloff.methods.vsa import VSA
 from falloff.methods.xattention import XAttention
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Full, Radial, SlidingTile, XAttention, SpargeAttn)
+    method.name: method for method in (Full, Radial, SlidingTile, XAttention, SpargeAttn, VSA)
 }
 """Every method by the name that the command line and recipes use."""
 
@@ -35,6 +36,7 @@ def get(name: str, **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "VSA",
     "Call",
     "Dense",
     "Full",

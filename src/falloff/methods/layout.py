@@ -84,17 +84,26 @@ def finite(*tensors: Tensor) -> bool:
     return bool(sums.isfinite().all())
 
 
-def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor) -> Plan:
-    """The plan of a map over the grid's tiles in raster order, [B|1, H|1, T, T]; text is a block of its own, all on."""
+def grid_tile_order(sequence: Sequence, tile: Tile, device: torch.device) -> Tensor:
+    """The sequence's tokens tile by tile, text in its place: int64 [N]."""
+    token_order = sequence.order(tile_order(sequence.grid, tile))
+    assert token_order is not None
+    return token_order.to(device)
+
+
+def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor, token_order: Tensor | None = None) -> Plan:
+    """The plan of a map over the grid's tiles in raster order, [B|1, H|1, T, T]; text is a block of its own, all on.
+
+    ``token_order``: that of ``grid_tile_order``, from a caller who keeps it.
+    """
+    device = on_BHTT.device
+    if token_order is None:
+        token_order = grid_tile_order(sequence, tile, device)
     sizes = tile_sizes(sequence.grid, tile)
     if sequence.text:
         text, before = torch.tensor([sequence.text]), sequence.text_side == "before"
         sizes = torch.cat([text, sizes] if before else [sizes, text])
         on_BHTT = F.pad(on_BHTT, (1, 0, 1, 0) if before else (0, 1, 0, 1), value=True)
-    token_order = sequence.order(tile_order(sequence.grid, tile))
-    assert token_order is not None
-    device = on_BHTT.device
-    token_order = token_order.to(device)
     return Plan(
         q_len=sequence.tokens,
         kv_len=sequence.tokens,
@@ -104,6 +113,14 @@ def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor) -> Plan:
         q_order=token_order,
         kv_order=token_order,
     )
+
+
+def three(field: str, value: object, unit: str) -> Tile:
+    """A setting of three numbers of at least 1. Raises ``ValueError`` that names what is legal."""
+    parts = list(value) if isinstance(value, tuple | list) else []
+    if len(parts) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in parts):
+        raise ValueError(f"{field} = {value!r} must be three numbers of {unit} of at least 1: frames, height, width")
+    return parts[0], parts[1], parts[2]
 
 
 def tiles_across(grid: Grid, tile: Tile) -> Tile:
