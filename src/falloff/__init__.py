@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from falloff.evaluation.compare import compare
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import VSA, Full, Method, Radial, SlidingTile, SpargeAttn, XAttention
+    from falloff.methods import PBS, VSA, Full, Method, Radial, SlidingTile, SpargeAttn, XAttention
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.schedule import Schedule
     from falloff.session import Report
 
 __all__ = [
+    "PBS",
     "PRESETS",
     "VSA",
     "BlockMap",
@@ -50,7 +51,7 @@ _HOME = {
     "falloff.evaluation.compare": ("compare",),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("Full", "Method", "Radial", "SlidingTile", "XAttention", "SpargeAttn", "VSA"),
+    "falloff.methods": ("Full", "Method", "Radial", "SlidingTile", "XAttention", "SpargeAttn", "VSA", "PBS"),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.schedule": ("Schedule",),

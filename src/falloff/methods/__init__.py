@@ -7,6 +7,7 @@ from typing import Any
 
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.full import Full
+from falloff.methods.pbs import PBS
 from falloff.methods.radial import Radial
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
@@ -14,7 +15,7 @@ from falloff.methods.vsa import VSA
 from falloff.methods.xattention import XAttention
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Full, Radial, SlidingTile, XAttention, SpargeAttn, VSA)
+    method.name: method for method in (Full, Radial, SlidingTile, XAttention, SpargeAttn, VSA, PBS)
 }
 """Every method by the name that the command line and recipes use."""
 
@@ -36,6 +37,7 @@ def get(name: str, **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "PBS",
     "VSA",
     "Call",
     "Dense",
