@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from falloff.evaluation.compare import compare
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import PBS, VSA, Full, Method, Radial, SlidingTile, SpargeAttn, XAttention
+    from falloff.methods import PBS, VSA, Anchor, Full, Hyper, Method, Radial, SlidingTile, SpargeAttn, XAttention
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.schedule import Schedule
@@ -23,9 +23,11 @@ __all__ = [
     "PBS",
     "PRESETS",
     "VSA",
+    "Anchor",
     "BlockMap",
     "Full",
     "Grid",
+    "Hyper",
     "Method",
     "Plan",
     "Radial",
@@ -51,7 +53,18 @@ _HOME = {
     "falloff.evaluation.compare": ("compare",),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("Full", "Method", "Radial", "SlidingTile", "XAttention", "SpargeAttn", "VSA", "PBS"),
+    "falloff.methods": (
+        "Full",
+        "Method",
+        "Radial",
+        "SlidingTile",
+        "XAttention",
+        "SpargeAttn",
+        "VSA",
+        "PBS",
+        "Hyper",
+        "Anchor",
+    ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.schedule": ("Schedule",),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from falloff.methods.anchor import Anchor
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.full import Full
+from falloff.methods.hyper import Hyper
 from falloff.methods.pbs import PBS
 from falloff.methods.radial import Radial
 from falloff.methods.sparge import SpargeAttn
@@ -15,7 +17,7 @@ from falloff.methods.vsa import VSA
 from falloff.methods.xattention import XAttention
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Full, Radial, SlidingTile, XAttention, SpargeAttn, VSA, PBS)
+    method.name: method for method in (Full, Radial, SlidingTile, XAttention, SpargeAttn, VSA, PBS, Hyper, Anchor)
 }
 """Every method by the name that the command line and recipes use."""
 
@@ -39,9 +41,11 @@ __all__ = [
     "METHODS",
     "PBS",
     "VSA",
+    "Anchor",
     "Call",
     "Dense",
     "Full",
+    "Hyper",
     "Method",
     "Radial",
     "SlidingTile",

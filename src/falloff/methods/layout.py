@@ -25,7 +25,7 @@ NOT_FINITE = Dense("queries or keys are not finite")
 class Prediction(NamedTuple):
     """A map over the blocks of a video's queries and keys, bool [B|1, H|1, Tq, Tk], and orders to cut them along.
 
-    Orders are int64 [B|1, H|1, N] over the tokens that were looked at.
+    Orders are int64 [B|1, H|1, N] over the tokens that were looked at, with heads of their own where the map has.
     """
 
     on: Tensor
