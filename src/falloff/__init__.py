@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from falloff.methods import PBS, VSA, Anchor, Full, Hyper, Method, Radial, SlidingTile, SpargeAttn, XAttention
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
+    from falloff.recipe import Recipe, RecipeError
+    from falloff.reporting import Report
     from falloff.schedule import Schedule
-    from falloff.session import Report
 
 __all__ = [
     "PBS",
@@ -31,6 +32,8 @@ __all__ = [
     "Method",
     "Plan",
     "Radial",
+    "Recipe",
+    "RecipeError",
     "Report",
     "Schedule",
     "Sequence",
@@ -67,8 +70,9 @@ _HOME = {
     ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
+    "falloff.recipe": ("Recipe", "RecipeError"),
+    "falloff.reporting": ("Report",),
     "falloff.schedule": ("Schedule",),
-    "falloff.session": ("Report",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 

@@ -83,14 +83,27 @@ def predicted(
     else:  # text touches every block
         shape = (1, 1, -(-q.shape[2] // q_block), -(-k.shape[2] // kv_block))
         made = Prediction(torch.ones(shape, dtype=torch.bool, device=q.device))
+    q_order, kv_order = q_blocks.order(made.q_order), kv_blocks.order(made.kv_order)
+    return uniform_plan(q_blocks, kv_blocks, made.on, kv_order, q_order)
+
+
+def uniform_plan(
+    q_blocks: UniformBlocks,
+    kv_blocks: UniformBlocks,
+    on_BHQK: Tensor,
+    kv_order: Tensor | None = None,
+    q_order: Tensor | None = None,
+) -> Plan:
+    """The plan of a map over the blocks of video tokens alone, [B|1, H|1, Tq, Tk]; all others are on."""
+    tokens = q_blocks.sequence.tokens
     return Plan(
-        q_len=sequence.tokens,
-        kv_len=sequence.tokens,
-        q_sizes=q_block,
-        kv_sizes=kv_block,
-        blocks=BlockMap.from_dense(F.pad(made.on, (*kv_blocks.pinned, *q_blocks.pinned), value=True)),
-        q_order=q_blocks.order(made.q_order),
-        kv_order=kv_blocks.order(made.kv_order),
+        q_len=tokens,
+        kv_len=tokens,
+        q_sizes=q_blocks.size,
+        kv_sizes=kv_blocks.size,
+        blocks=BlockMap.from_dense(F.pad(on_BHQK, (*kv_blocks.pinned, *q_blocks.pinned), value=True)),
+        q_order=q_order,
+        kv_order=kv_order,
     )
 
 
