@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from falloff.evaluation.tune import Goal, tune
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import Full, Method, Radial
+    from falloff.methods import PBS, VSA, Anchor, Full, Hyper, Method, Radial, SlidingTile, SpargeAttn, XAttention
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.recipe import Recipe, RecipeError
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from falloff.schedule import Schedule
 
 __all__ = [
+    "PBS",
     "PRESETS",
+    "VSA",
+    "Anchor",
     "BlockMap",
     "Full",
     "Goal",
     "Grid",
+    "Hyper",
     "Method",
     "Plan",
     "Radial",
@@ -35,6 +39,9 @@ __all__ = [
     "Report",
     "Schedule",
     "Sequence",
+    "SlidingTile",
+    "SpargeAttn",
+    "XAttention",
     "attention",
     "compare",
     "disable",
@@ -53,7 +60,18 @@ _HOME = {
     "falloff.evaluation.tune": ("Goal", "tune"),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("Full", "Method", "Radial"),
+    "falloff.methods": (
+        "Full",
+        "Method",
+        "Radial",
+        "SlidingTile",
+        "XAttention",
+        "SpargeAttn",
+        "VSA",
+        "PBS",
+        "Hyper",
+        "Anchor",
+    ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.recipe": ("Recipe", "RecipeError"),
