@@ -11,6 +11,7 @@ from falloff.evaluation import tune as tuning
 from falloff.evaluation.candidates import Candidate, Space
 from falloff.evaluation.study import TuningError
 from falloff.evaluation.tune import Goal, Tried, tune
+from falloff.methods import METHODS
 from falloff.methods.base import Choices, Span
 
 CALL = {**SIZE, "height": 48, "num_inference_steps": 2}
@@ -46,7 +47,7 @@ def test_layers_that_lose_most_are_dense_first() -> None:
     point = space.defaults(falloff.Radial)
     assert point["radial.decay"] == falloff.Radial().decay
     assert point["dense_first"] == falloff.Radial.schedule.dense_first
-    chosen = space.suggest(FixedTrial({**point, "radial.block": 2, "dense_layers": 2}))
+    chosen = space.suggest(FixedTrial({**point, "radial.block": "2", "dense_layers": 2}))
     assert chosen.method == falloff.Radial(block=2)
     assert chosen.schedule.dense_layers == (0, 4)
 
@@ -117,6 +118,15 @@ def test_settings_that_exclude_each_other_are_passed_over(monkeypatch: pytest.Mo
         judged, refused = len(studies.judged(study)), [t for t in study.trials if t.state.name == "FAIL"]
     assert judged + len(refused) == 30
     assert {(t.params["radial.window"], t.params["radial.order"]) for t in refused} == {("band", "hilbert")}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in METHODS.values() if kind.knobs])
+def test_defaults_lie_in_the_space(kind: type[falloff.Method]) -> None:
+    from optuna.trial import FixedTrial
+
+    space = Space([kind], range(6))
+    candidate = space.suggest(FixedTrial(space.defaults(kind)))  # which raises for values outside
+    assert candidate.method == kind()
 
 
 @pytest.mark.parametrize(

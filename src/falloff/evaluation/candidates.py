@@ -55,7 +55,11 @@ class Space:
     def defaults(self, kind: type[Method]) -> dict[str, Any]:
         """The point of the space next to a method's defaults."""
         made, schedule = kind(), kind.schedule
-        settings = {f"{kind.name}.{knob}": getattr(made, knob) for knob in kind.knobs}
+        values = {knob: getattr(made, knob) for knob in kind.knobs}
+        settings = {
+            f"{kind.name}.{knob}": str(value) if isinstance(kind.knobs[knob], Choices) else value
+            for knob, value in values.items()
+        }
         share = schedule.dense_first if isinstance(schedule.dense_first, float) else 0.25
         return {
             "method": kind.name,
@@ -67,7 +71,8 @@ class Space:
 
 def _value(trial: Trial, name: str, knob: Span | Choices) -> Any:
     if isinstance(knob, Choices):
-        return trial.suggest_categorical(name, knob.values)
+        values = {str(value): value for value in knob.values}  # optuna keeps plain values alone
+        return values[trial.suggest_categorical(name, list(values))]
     if isinstance(knob.low, int) and isinstance(knob.high, int):
         return trial.suggest_int(name, knob.low, knob.high, log=knob.log)
     return trial.suggest_float(name, knob.low, knob.high, log=knob.log)

@@ -55,7 +55,7 @@ class Span:
 class Choices:
     """A setting worth trying at these values."""
 
-    values: tuple[str | int | float | bool, ...]
+    values: tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

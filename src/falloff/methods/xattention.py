@@ -11,6 +11,7 @@ mass is at least ``tau`` of the row's. Costs 1 / (2 S) of the products of dense 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import Prediction, check_count, check_share, predicted
 from falloff.methods.select import mass_ge
 from falloff.plan import Plan
@@ -38,6 +39,11 @@ class XAttention(Method):
     """
 
     name: ClassVar[str] = "xattention"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "tau": Span(0.3, 0.98),
+        "stride": Choices((4, 8, 16)),
+        "block": Choices((32, 64, 128)),
+    }
 
     tau: float | tuple[float, ...] = 0.9
     stride: int = 8
