@@ -84,15 +84,19 @@ class Session:
         self._last_plan: Plan | None = None
         self._last_choice: kernels.Choice | None = None
         self._stays_dense: str | None = None
+        self._share = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """The same settings at work elsewhere: plans, state and statistics are not shared."""
         return Session(self.method, schedule=self.schedule, kernel=self.kernel, timing=self.timing)
 
-    def begin(self, position: Position, device: torch.device, stays_dense: str | None = None) -> None:
+    def begin(
+        self, position: Position, device: torch.device, stays_dense: str | None = None, *, share: int = 0
+    ) -> None:
         """A root forward starts; the first of a run forgets the run before.
 
-        ``stays_dense``: why all of this forward does, if it does.
+        ``stays_dense``: why all of this forward does, if it does. ``share``: which of the processes that share the
+        heads evenly this one is.
         """
         if position.run != self.position.run:
             self._states.clear()
@@ -101,6 +105,7 @@ class Session:
             self._last_plan = self._last_choice = None
         self.position = position
         self._stays_dense = stays_dense
+        self._share = share
         if self.timing:
             self._forwards.append(Stopwatch(device))
 
@@ -241,6 +246,7 @@ class Session:
             step=where.step,
             steps=where.steps,
             branch=where.branch,
+            first_head=self._share * q.shape[1],
         )
         state = self._states.setdefault((seat.model, seat.layer, where.branch), State())
         try:
