@@ -70,7 +70,10 @@ KINDS = {
     "ring": (ContextParallelConfig(ring_degree=2), r"ring attention .*use ContextParallelConfig\(ulysses_degree=2\)"),
     "both": (ContextParallelConfig(ring_degree=2, ulysses_degree=2), r"ring attention .*ulysses_degree=4\)"),
     "ring anything": (ContextParallelConfig(ring_degree=2, ring_anything=True), "ring attention"),
-    "anything": (ContextParallelConfig(ulysses_degree=2, ulysses_anything=True), "uneven shares .*sizes that divide evenly"),
+    "anything": (
+        ContextParallelConfig(ulysses_degree=2, ulysses_anything=True),
+        "uneven shares .*sizes that divide evenly",
+    ),
 }
 
 

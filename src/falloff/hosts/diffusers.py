@@ -207,7 +207,7 @@ def _attach(attachment: Attachment) -> None:
     model._falloff = attachment  # type: ignore[assignment]  # modules say tensors or modules
     for layer, path in enumerate(paths):
         attn = model.get_submodule(path)
-        _check_processor(path, attn.processor)
+        _check_processor(path, attn)
         _parallelism(model, host, attn.processor)
         seat = Seat(model=attachment.number, layer=layer, layers=len(paths), text_side=host.text_side)
         attachment.marks.append(_mark(path, attn, seat, attachment, shared=users[id(attn.processor)] > 1))
@@ -236,7 +236,13 @@ def _parallelism(model: nn.Module, host: Host, processor: Any) -> Any | None:
     return config
 
 
-def _check_processor(path: str, processor: Any) -> None:
+def _check_processor(path: str, attn: Any) -> None:
+    if not hasattr(attn, "processor"):
+        raise UnsupportedModelError(
+            f"{path} is a {type(attn).__name__} without a processor, so that falloff cannot reach its attention; call "
+            "falloff.enable on the model as it was loaded"
+        )
+    processor = attn.processor
     if type(processor) not in processors.SUBSTITUTES and not hasattr(processor, "_attention_backend"):
         raise UnsupportedModelError(
             f"{path} has the processor {type(processor).__name__}, which does not go through diffusers' attention "
