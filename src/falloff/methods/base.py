@@ -18,7 +18,10 @@ from falloff.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One self-attention call: its tokens, and where in the model and the run it stands."""
+    """One self-attention call: its tokens, and where in the model and the run it stands.
+
+    ``first_head``: number in the model of the first head that is given, where processes share the heads.
+    """
 
     sequence: Sequence
     layer: int = 0
@@ -26,6 +29,7 @@ class Call:
     step: int | None = None
     steps: int | None = None
     branch: str | None = None
+    first_head: int = 0
 
 
 @dataclass(frozen=True)
