@@ -80,7 +80,7 @@ def test_recall_goal(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_psnr_goal(pipe: Any) -> None:
-    found = tune(pipe, ["a fox", "fox fox"], goal=Goal("psnr", 20.0), seconds=3, **CALL)
+    found = tune(pipe, ["a fox", "fox fox"], goal=Goal("psnr", 20.0), seconds=0.1, **CALL)
     assert all(each.cost > 0 and each.fidelity > 0 for each in found.tried)
     assert math.isfinite(found.comparison.methods[-1].psnr[0]) or found.comparison.methods[-1].effective_density == 1
     assert min(found.comparison.methods[-1].psnr) > 10

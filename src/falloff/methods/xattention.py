@@ -60,9 +60,11 @@ class XAttention(Method):
             raise ValueError(f"stride = {self.stride} must divide the block of {self.block} tokens")
 
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
-        shares = self._shares()
-        if len(shares) not in (1, q_BHND.shape[1]):
-            raise ValueError(f"tau has {len(shares)} shares for {q_BHND.shape[1]} heads; give one, or one for each")
+        shares, first, heads = self._shares(), call.first_head, q_BHND.shape[1]
+        if len(shares) > 1:
+            if len(shares) % heads or len(shares) < first + heads:  # processes may share the heads evenly
+                raise ValueError(f"tau has {len(shares)} shares for {heads} heads; give one, or one for each")
+            shares = shares[first : first + heads]
         share = torch.tensor(shares, device=q_BHND.device).view(-1, 1, 1)
         return predicted(
             call.sequence,
