@@ -34,7 +34,7 @@ def check(result, code: int, *words: str) -> None:
     [
         (["generate"], ["Missing argument", "--help"]),
         (["generate", " "], ["prompt is empty"]),
-        (["generate", "fox", "--method", "radail"], ["'radail'", "dense, radial"]),
+        (["generate", "fox", "--method", "radail"], ["'radail'", "dense", "radial"]),
         (["generate", "fox", "--set", "decay=2"], ["decay = 2.0", "0.0 to 1.0", "falloff methods radial"]),
         (["generate", "fox", "--set", "decay=much"], ["'much'", "a number"]),
         (["generate", "fox", "--set", "window=round"], ["'round'", "band or disc"]),
@@ -51,8 +51,8 @@ def check(result, code: int, *words: str) -> None:
         (["compare", "--model", "./nowhere"], ["--prompt"]),
         (["compare", "--seeds", "one"], ["'one'", "whole numbers"]),
         (["compare", "--methods", "radial,,"], ["commas"]),
-        (["compare", "--methods", "radial,fast"], ["'fast'", "dense, radial"]),
-        (["methods", "fast"], ["'fast'", "dense, radial"]),
+        (["compare", "--methods", "radial,fast"], ["'fast'", "dense", "radial"]),
+        (["methods", "fast"], ["'fast'", "dense", "radial"]),
         (["paint"], ["'paint'"]),
     ],
 )

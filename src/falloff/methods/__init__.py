@@ -8,8 +8,9 @@ from typing import Any
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.full import Full
 from falloff.methods.radial import Radial
+from falloff.methods.sta import SlidingTile
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Radial)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Radial, SlidingTile)}
 """Every method by the name that the command line and recipes use."""
 
 
@@ -28,4 +29,4 @@ def get(name: str, **settings: Any) -> Method:
     return method(**settings)
 
 
-__all__ = ["METHODS", "Call", "Dense", "Full", "Method", "Radial", "State", "get"]
+__all__ = ["METHODS", "Call", "Dense", "Full", "Method", "Radial", "SlidingTile", "State", "get"]
