@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from falloff.evaluation.compare import compare
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import Full, Method, Radial, SlidingTile
+    from falloff.methods import SVG2, Full, Method, Radial, SlidingTile
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.schedule import Schedule
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "SVG2",
     "BlockMap",
     "Full",
     "Grid",
@@ -47,7 +48,7 @@ _HOME = {
     "falloff.evaluation.compare": ("compare",),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("Full", "Method", "Radial", "SlidingTile"),
+    "falloff.methods": ("SVG2", "Full", "Method", "Radial", "SlidingTile"),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.schedule": ("Schedule",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 
 import pytest
@@ -57,7 +58,7 @@ def test_inertia_never_rises() -> None:
     x = tokens(1, 2, 200, 8)
     start = first_centroids(x, 12)
     falling = [inertia(x, kmeans(x, start, n)) for n in range(1, 8)]
-    assert all(b <= a + 1e-3 for a, b in zip(falling, falling[1:], strict=False))
+    assert all(b <= a + 1e-3 for a, b in itertools.pairwise(falling))
     assert falling[-1] < 0.95 * falling[0]
 
 

@@ -9,8 +9,9 @@ from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.full import Full
 from falloff.methods.radial import Radial
 from falloff.methods.sta import SlidingTile
+from falloff.methods.svg2 import SVG2
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Radial, SlidingTile)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Radial, SlidingTile, SVG2)}
 """Every method by the name that the command line and recipes use."""
 
 
@@ -29,4 +30,4 @@ def get(name: str, **settings: Any) -> Method:
     return method(**settings)
 
 
-__all__ = ["METHODS", "Call", "Dense", "Full", "Method", "Radial", "SlidingTile", "State", "get"]
+__all__ = ["METHODS", "SVG2", "Call", "Dense", "Full", "Method", "Radial", "SlidingTile", "State", "get"]

@@ -16,11 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from falloff.methods.chunks import head_groups
+
 CHUNK_BYTES = 32 << 20
 """Scores, memberships and copies of tokens held at once."""
 SUM_BYTES = 16 << 20
 """Sums of tokens by cluster held at once, the old and the new."""
-_WIDENS = "dtype" in torch.ops.aten.bmm.overloads()
+_WIDENS = hasattr(torch.ops.aten.bmm, "dtype")
 """Whether this PyTorch multiplies half precision on CUDA into float32; it can since 2.8."""
 
 
@@ -62,16 +64,14 @@ def kmeans(x_BHND: Tensor, centroids_BHCD: Tensor, iterations: int, *, stride: i
     sizes = torch.empty(batch, heads, clusters, dtype=torch.int64, device=x_BHND.device)
     finite = torch.ones((), dtype=torch.bool, device=x_BHND.device)
     chunks = chunks_for(heads, head_dim, clusters)
-    for entry in range(batch):
-        for first in range(0, heads, chunks.heads):
-            group = (entry, slice(first, first + chunks.heads))
-            x, center = x_BHND[group], centroids[group]
-            for _ in range(iterations - 1):
-                _improve(x[:, ::stride], center, chunks.tokens)
-            if iterations:
-                sizes[group] = _improve(x, center, chunks.tokens, labels[group], finite)
-            else:
-                sizes[group] = _assign(x, center, chunks.tokens, labels[group], finite)
+    for group in head_groups(batch, heads, chunks.heads):
+        x, center = x_BHND[group], centroids[group]
+        for _ in range(iterations - 1):
+            _improve(x[:, ::stride], center, chunks.tokens)
+        if iterations:
+            sizes[group] = _improve(x, center, chunks.tokens, labels[group], finite)
+        else:
+            sizes[group] = _assign(x, center, chunks.tokens, labels[group], finite)
     return Clusters(labels, centroids, sizes, finite)
 
 

@@ -1,0 +1,133 @@
+"""Sparse VideoGen2 (arXiv:2505.18875): tokens that are alike become blocks, and blocks that matter are computed.
+
+Queries and keys of every head are clustered apart by k-means (sections 3.1 and 3.2 of the paper). With centroids
+cq_i and ck_j and m_j keys in cluster j, the attention of cluster i to cluster j is estimated as
+
+    P_ij = m_j exp(cq_i . ck_j / sqrt(D)) / sum_l m_l exp(cq_i . ck_l / sqrt(D)),
+
+and the heaviest clusters of every row are computed until their mass reaches ``mass``. Centroids are carried over from
+call to call of a layer, so that a few iterations keep them good. Text is neither clustered nor left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.chunks import groups_within
+from falloff.methods.kmeans import Clusters, first_centroids, kmeans
+from falloff.methods.pinned import Side, grid_tokens, plan_with_text
+from falloff.methods.select import cover
+from falloff.plan import Plan
+from falloff.schedule import Schedule
+
+AUTO = {"q_clusters": (256, 400), "k_clusters": (64, 1000)}
+"""Tokens a cluster, and clusters at most: what the published scripts come to at their sizes."""
+SELECTION_BYTES = 32
+"""Of one pair of clusters while the heaviest are found: its mass, sorted, ranked and summed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVG2(Method):
+    """Sparse VideoGen2 over any grid, images included, with text on either side.
+
+    q_clusters, k_clusters: clusters of queries and of keys; "auto" takes one for every 256 queries and 64 keys, at
+        most 400 and 1000. Never more than the grid has tokens.
+    mass: estimated attention that the computed clusters of a row reach. Legal: 0 to 1.
+    min_share: at least this share of the key clusters is computed for every row. Legal: 0 to 1.
+    first_iterations: k-means iterations of a layer's first call; iterations: of every later one.
+    stride: iterations but the last look at every stride-th token.
+    span: how many further calls of a layer use its plan again before it is made anew.
+    seed: of the tokens that k-means starts from.
+    """
+
+    name: ClassVar[str] = "svg2"
+    schedule: ClassVar[Schedule] = Schedule(dense_first=0.3)
+
+    q_clusters: int | Literal["auto"] = "auto"
+    k_clusters: int | Literal["auto"] = "auto"
+    mass: float = 0.9
+    min_share: float = 0.1
+    first_iterations: int = 50
+    iterations: int = 2
+    stride: int = 1
+    span: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("mass", "min_share"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise ValueError(f"{field} = {getattr(self, field)} is outside 0.0 to 1.0")
+        for field in ("q_clusters", "k_clusters"):
+            value = getattr(self, field)
+            if value != "auto" and not _at_least(value, 1):
+                raise ValueError(f'{field} = {value!r} must be a number of clusters of at least 1, or "auto"')
+        for field, least in (("first_iterations", 1), ("iterations", 0), ("stride", 1), ("span", 0), ("seed", 0)):
+            if not _at_least(getattr(self, field), least):
+                raise ValueError(f"{field} = {getattr(self, field)!r} must be a whole number of at least {least}")
+
+    @torch.no_grad()
+    def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
+        """Clusters of the layer's last call are where this one starts, unless sizes have changed."""
+        shape = (call.sequence, q_BHND.shape, q_BHND.device)
+        kept = state.values if state.values.get("shape") == shape else {}
+        if kept.get("uses", 0) > 0:
+            kept["uses"] -= 1
+            plan: Plan = kept["plan"]
+            return plan
+        q_video, k_video = (grid_tokens(x, call.sequence) for x in (q_BHND, k_BHND))
+        q = self._cluster(q_video, self._count("q_clusters", call), kept.get("q"))
+        k = self._cluster(k_video, self._count("k_clusters", call), kept.get("k"))
+        if not bool(q.finite & k.finite):
+            return Dense("queries or keys are not finite")
+        on = self._select(q, k)
+        plan = plan_with_text(call.sequence, Side(q.order(), q.sizes), Side(k.order(), k.sizes), on)
+        state.values = {"shape": shape, "q": _kept(q, q_BHND), "k": _kept(k, k_BHND)}
+        if self.span:
+            state.values |= {"plan": plan, "uses": self.span}
+        return plan
+
+    def _count(self, field: Literal["q_clusters", "k_clusters"], call: Call) -> int:
+        value, tokens = getattr(self, field), call.sequence.grid.tokens
+        if value == "auto":
+            size, most = AUTO[field]
+            return min(-(-tokens // size), most)
+        if value > tokens:
+            raise ValueError(f'{field} = {value} is more than the grid\'s {tokens} tokens; use fewer, or "auto"')
+        return int(value)
+
+    def _cluster(self, x_BHND: Tensor, clusters: int, before: Any) -> Clusters:
+        if before is None:
+            start = first_centroids(x_BHND, clusters, self.seed)
+            return kmeans(x_BHND, start, self.first_iterations, stride=self.stride)
+        return kmeans(x_BHND, before, self.iterations, stride=self.stride)
+
+    def _select(self, q: Clusters, k: Clusters) -> Tensor:
+        """Which pairs of clusters are computed, bool [B, H, Cq, Ck]."""
+        batch, heads, q_clusters = q.sizes.shape
+        on = torch.empty(*q.sizes.shape, k.sizes.shape[2], dtype=torch.bool, device=q.sizes.device)
+        least = max(1, int(self.min_share * k.sizes.shape[2] + 1e-6))
+        for group in groups_within(batch, heads, SELECTION_BYTES * q_clusters * k.sizes.shape[2]):
+            share = estimated_mass(q.centroids[group], k.centroids[group], k.sizes[group])
+            on[group] = cover(share, self.mass, least=least)
+        return on
+
+
+def estimated_mass(q_HCD: Tensor, k_HCD: Tensor, k_sizes_HC: Tensor) -> Tensor:
+    """P of the module's docstring from centroids, [H, Cq, Ck]; clusters without keys have none."""
+    logits = q_HCD @ k_HCD.mT * q_HCD.shape[-1] ** -0.5
+    mass: Tensor = (logits + k_sizes_HC.to(logits.dtype).log()[:, None]).softmax(-1)
+    return mass
+
+
+def _kept(clusters: Clusters, x_BHND: Tensor) -> Tensor:
+    """Centroids to start from next time; the tokens' precision is all that the first look at them needs."""
+    return clusters.centroids.to(x_BHND.dtype)
+
+
+def _at_least(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
