@@ -16,14 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from falloff.methods.chunks import head_groups
+from falloff.kernels.groups import head_groups
+from falloff.kernels.product import product
 
 CHUNK_BYTES = 32 << 20
 """Scores, memberships and copies of tokens held at once."""
 SUM_BYTES = 16 << 20
 """Sums of tokens by cluster held at once, the old and the new."""
-_WIDENS = hasattr(torch.ops.aten.bmm, "dtype")
-"""Whether this PyTorch multiplies half precision on CUDA into float32; it can since 2.8."""
 
 
 class Clusters(NamedTuple):
@@ -120,7 +119,7 @@ def _improve(
         # summed by a product, whose order is fixed; adding by index is not deterministic on GPUs
         member = torch.zeros(*nearest.shape, center.shape[1], dtype=x.dtype, device=x.device)
         member.scatter_(2, nearest[..., None], 1)
-        sums += _product(member.mT, part)
+        sums += product(member.mT, part)
         sizes.scatter_add_(1, nearest, torch.ones_like(nearest))
     sums /= sizes.clamp(min=1)[..., None]
     center.copy_(torch.where(sizes[..., None] > 0, sums, center))
@@ -145,7 +144,7 @@ def _nearest(
     bias = (exact.square() / 2 + mu * exact).sum(-1)[:, None]
     for start in range(0, x.shape[1], tokens):
         part = x[:, start : start + tokens]
-        best = _product(part, offset.mT).sub_(bias).max(-1)
+        best = product(part, offset.mT).sub_(bias).max(-1)
         if labels is not None and finite is not None:
             labels[:, start : start + tokens] = best.indices
             finite &= best.values.isfinite().all()
@@ -154,11 +153,3 @@ def _nearest(
 
 def _no_tokens(center: Tensor) -> Tensor:
     return torch.zeros(center.shape[:2], dtype=torch.int64, device=center.device)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of [heads, m, n] and [heads, n, o], summed and given in float32 at least."""
-    if a.is_cuda and _WIDENS and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    exact = torch.promote_types(a.dtype, torch.float32)
-    return a.to(exact) @ b.to(exact)

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from falloff.kernels.groups import groups_within
 from falloff.methods.base import Call, Dense, Method, State
-from falloff.methods.chunks import groups_within
 from falloff.methods.kmeans import Clusters, first_centroids, kmeans
 from falloff.methods.pinned import Side, grid_tokens, plan_with_text
 from falloff.methods.select import cover
