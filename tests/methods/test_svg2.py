@@ -12,6 +12,7 @@ from torch import Tensor
 from falloff.geometry import Grid, Sequence
 from falloff.kernels import run
 from falloff.methods import SVG2, Call, Dense, State
+from falloff.methods.ear import error_per_pair, spend
 from falloff.methods.select import cover
 from falloff.methods.svg2 import estimated_mass
 from falloff.plan import Plan, dense_plan
@@ -168,6 +169,68 @@ def test_clusters_beat_blocks_of_the_same_density_where_tokens_are_alike() -> No
     made = plan(SVG2(q_clusters=24, k_clusters=24, min_share=0.0), Sequence(GRID), (q, q, q))
     assert made.density < 0.3
     assert (weights * made.mask()).sum(-1).mean() > 0.9
+
+
+EAR = dataclasses.replace(SMALL, summary=True)
+
+
+def test_error_is_what_means_lose() -> None:
+    """Against the definition, one pair of clusters at a time."""
+    generator = torch.Generator().manual_seed(0)
+    q, keys = (torch.randn(2, n, 4, generator=generator, dtype=torch.float64) for n in (7, 30))
+    sizes = torch.tensor([[10, 0, 1, 19], [5, 5, 20, 0]])
+    error = error_per_pair(q, keys, sizes)
+    for h in range(2):
+        starts = sizes[h].cumsum(0) - sizes[h]
+        for i in range(7):
+            expected = []
+            for start, size in zip(starts.tolist(), sizes[h].tolist(), strict=True):
+                k = keys[h, start : start + size]
+                weights = (k @ q[h, i] / 2).exp()
+                at_mean = (k.mean(0) @ q[h, i] / 2).exp() if size else torch.tensor(0.0)
+                expected.append((weights - at_mean).square().sum() / max(size, 1))
+            shift = (2 * (keys[h] @ q[h, i] / 2).max()).exp()
+            torch.testing.assert_close(error[h, i], torch.stack(expected) / shift)
+
+
+def test_error_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = qkv(60, heads=3)
+    sizes = torch.tensor([[20, 40]]).expand(3, -1)
+    whole = error_per_pair(q[0], k[0], sizes)
+    monkeypatch.setattr("falloff.methods.ear.WORKING_BYTES", 1)
+    torch.testing.assert_close(error_per_pair(q[0], k[0], sizes), whole)
+
+
+def test_budgets_are_spent_on_the_worthiest() -> None:
+    worth, sizes = torch.tensor([[3.0, 9.0, 1.0, 7.0, 8.0]]), torch.tensor([[2, 3, 1, 4, 0]])
+    for budget, kept in ((0, {1}), (3, {1}), (6, {1}), (7, {1, 3}), (9, {0, 1, 3}), (10, {0, 1, 2, 3})):
+        on = spend(worth, sizes, torch.tensor([[budget]]))
+        assert set(on[0].nonzero()[:, 0].tolist()) == kept, budget
+
+
+def test_routing_spends_no_more_than_the_cover_and_loses_less() -> None:
+    q, k, v = qkv(GRID.tokens, seed=3)
+    covered = plan(SMALL, Sequence(GRID), (q, k, v))
+    routed = plan(EAR, Sequence(GRID), (q, k, v))
+    assert routed.summary
+    assert not covered.summary
+    row_tokens = [(x.kv_sizes_BHT()[:, :, None] * x.blocks.dense()).sum(-1) for x in (routed, covered)]
+    alone = routed.blocks.dense().sum(-1) == 1  # the first is computed whatever it costs
+    assert ((row_tokens[0] <= row_tokens[1]) | alone).all()
+    dense = run(dense_plan(GRID.tokens, GRID.tokens), q, k, v)[0]
+    lost = [float((run(x, q, k, v)[0] - dense).norm()) for x in (covered, dataclasses.replace(covered, summary=True))]
+    assert float((run(routed, q, k, v)[0] - dense).norm()) < lost[1] < lost[0]
+
+
+def test_equal_keys_of_a_cluster_make_it_dense_attention() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(1, 2, 60, 8, generator=generator)
+    k, v = (torch.randn(1, 2, 10, 8, generator=generator).repeat_interleave(6, 2) for _ in range(2))
+    k = 3 * k
+    method = SVG2(q_clusters=5, k_clusters=60, mass=0.2, min_share=0.0, summary=True)
+    made = plan(method, Sequence(Grid(1, 6, 10)), (q, k, v))
+    assert made.density < 0.5
+    torch.testing.assert_close(run(made, q, k, v)[0], run(dense_plan(60, 60), q, k, v)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("which", [0, 1])

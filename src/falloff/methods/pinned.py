@@ -24,8 +24,11 @@ def grid_tokens(x_BHND: Tensor, sequence: Sequence) -> Tensor:
     return x_BHND[:, :, sequence.video_start : sequence.video_start + sequence.grid.tokens]
 
 
-def plan_with_text(sequence: Sequence, q: Side, kv: Side, on_BHQK: Tensor) -> Plan:
-    """A plan over the whole sequence; text sees all and is seen by all. Blocks without tokens are left out."""
+def plan_with_text(sequence: Sequence, q: Side, kv: Side, on_BHQK: Tensor, *, summary: bool = False) -> Plan:
+    """A plan over the whole sequence; text sees all and is seen by all. Blocks without tokens are left out.
+
+    ``summary``: as for a plan.
+    """
     on = on_BHQK & (q.sizes > 0)[..., :, None] & (kv.sizes > 0)[..., None, :]
     if sequence.text:
         ends = (1, 0) if sequence.text_side == "before" else (0, 1)
@@ -39,6 +42,7 @@ def plan_with_text(sequence: Sequence, q: Side, kv: Side, on_BHQK: Tensor) -> Pl
         blocks=BlockMap.from_dense(on),
         q_order=q.order,
         kv_order=kv.order,
+        summary=summary,
     )
 
 

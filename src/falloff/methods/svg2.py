@@ -7,6 +7,9 @@ cq_i and ck_j and m_j keys in cluster j, the attention of cluster i to cluster j
 
 and the heaviest clusters of every row are computed until their mass reaches ``mass``. Centroids are carried over from
 call to call of a layer, so that a few iterations keep them good. Text is neither clustered nor left out.
+
+With ``summary`` this is SVG-EAR (arXiv:2603.08982, see ear.py): of the same budget the clusters are computed whose
+means would answer worst, and those skipped answer by their means instead of not at all.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from falloff.kernels.groups import groups_within
 from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.ear import KEY_BYTES, error_per_pair, spend
 from falloff.methods.kmeans import Clusters, first_centroids, kmeans
 from falloff.methods.pinned import Side, grid_tokens, plan_with_text
 from falloff.methods.select import cover
@@ -27,6 +31,8 @@ from falloff.schedule import Schedule
 
 AUTO = {"q_clusters": (256, 400), "k_clusters": (64, 1000)}
 """Tokens a cluster, and clusters at most: what the published scripts come to at their sizes."""
+ROUTED_TOGETHER = 16
+"""Query clusters of a head that are worth a call of their own."""
 SELECTION_BYTES = 32
 """Of one pair of clusters while the heaviest are found: its mass, sorted, ranked and summed."""
 
@@ -43,6 +49,7 @@ class SVG2(Method):
     stride: iterations but the last look at every stride-th token.
     span: how many further calls of a layer use its plan again before it is made anew.
     seed: of the tokens that k-means starts from.
+    summary: SVG-EAR; ``mass`` and ``min_share`` then say how many keys a row may see, not which.
     """
 
     name: ClassVar[str] = "svg2"
@@ -57,6 +64,7 @@ class SVG2(Method):
     stride: int = 1
     span: int = 0
     seed: int = 0
+    summary: bool = False
 
     def __post_init__(self) -> None:
         for field in ("mass", "min_share"):
@@ -84,8 +92,9 @@ class SVG2(Method):
         k = self._cluster(k_video, self._count("k_clusters", call), kept.get("k"))
         if not bool(q.finite & k.finite):
             return Dense("queries or keys are not finite")
-        on = self._select(q, k)
-        plan = plan_with_text(call.sequence, Side(q.order(), q.sizes), Side(k.order(), k.sizes), on)
+        k_order = k.order()
+        on = self._select(q, k, k_video, k_order)
+        plan = plan_with_text(call.sequence, Side(q.order(), q.sizes), Side(k_order, k.sizes), on, summary=self.summary)
         state.values = {"shape": shape, "q": _kept(q, q_BHND), "k": _kept(k, k_BHND)}
         if self.span:
             state.values |= {"plan": plan, "uses": self.span}
@@ -106,7 +115,7 @@ class SVG2(Method):
             return kmeans(x_BHND, start, self.first_iterations, stride=self.stride)
         return kmeans(x_BHND, before, self.iterations, stride=self.stride)
 
-    def _select(self, q: Clusters, k: Clusters) -> Tensor:
+    def _select(self, q: Clusters, k: Clusters, keys_BHND: Tensor, k_order: Tensor) -> Tensor:
         """Which pairs of clusters are computed, bool [B, H, Cq, Ck]."""
         batch, heads, q_clusters = q.sizes.shape
         on = torch.empty(*q.sizes.shape, k.sizes.shape[2], dtype=torch.bool, device=q.sizes.device)
@@ -114,6 +123,14 @@ class SVG2(Method):
         for group in groups_within(batch, heads, SELECTION_BYTES * q_clusters * k.sizes.shape[2]):
             share = estimated_mass(q.centroids[group], k.centroids[group], k.sizes[group])
             on[group] = cover(share, self.mass, least=least)
+        if not self.summary:
+            return on
+        head_bytes = KEY_BYTES * keys_BHND.shape[2] * min(q_clusters, ROUTED_TOGETHER)
+        for group in groups_within(batch, heads, head_bytes):
+            sizes = k.sizes[group][:, None].expand(on[group].shape)
+            keys = torch.take_along_dim(keys_BHND[group], k_order[group][..., None], 1)
+            error = error_per_pair(q.centroids[group], keys, k.sizes[group])
+            on[group] = spend(error, sizes, (sizes * on[group]).sum(-1, keepdim=True))
         return on
 
 
