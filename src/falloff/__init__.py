@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from falloff.evaluation.compare import compare
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import SVG2, Full, Method, Radial, SlidingTile
+    from falloff.methods import SVG2, VSA, Full, Method, Radial, SlidingTile, SpargeAttn, XAttention
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.schedule import Schedule
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "SVG2",
+    "VSA",
+    "AdaSpa",
     "BlockMap",
     "Full",
     "Grid",
@@ -32,6 +34,8 @@ __all__ = [
     "Schedule",
     "Sequence",
     "SlidingTile",
+    "SpargeAttn",
+    "XAttention",
     "attention",
     "compare",
     "disable",
@@ -48,7 +52,7 @@ _HOME = {
     "falloff.evaluation.compare": ("compare",),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("SVG2", "Full", "Method", "Radial", "SlidingTile"),
+    "falloff.methods": ("Full", "Method", "Radial", "SVG2", "SlidingTile", "SpargeAttn", "VSA", "XAttention"),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.schedule": ("Schedule",),

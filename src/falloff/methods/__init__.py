@@ -8,10 +8,24 @@ from typing import Any
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.full import Full
 from falloff.methods.radial import Radial
+from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
 from falloff.methods.svg2 import SVG2
+from falloff.methods.vsa import VSA
+from falloff.methods.xattention import XAttention
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, Radial, SlidingTile, SVG2)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Full,
+        Radial,
+        SVG2,
+        SlidingTile,
+        XAttention,
+        SpargeAttn,
+        VSA,
+    )
+}
 """Every method by the name that the command line and recipes use."""
 
 
@@ -30,4 +44,18 @@ def get(name: str, **settings: Any) -> Method:
     return method(**settings)
 
 
-__all__ = ["METHODS", "SVG2", "Call", "Dense", "Full", "Method", "Radial", "SlidingTile", "State", "get"]
+__all__ = [
+    "METHODS",
+    "SVG2",
+    "VSA",
+    "Call",
+    "Dense",
+    "Full",
+    "Method",
+    "Radial",
+    "SlidingTile",
+    "SpargeAttn",
+    "State",
+    "XAttention",
+    "get",
+]

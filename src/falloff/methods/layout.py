@@ -5,6 +5,7 @@ Text keys may be padding, which says nothing about a video, so that predictors l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from falloff.geometry import Grid, Sequence, tile_order
+from falloff.methods.base import Dense
 from falloff.methods.pooling import tile_sizes
 from falloff.plan import BlockMap, Plan
 
 Tile = tuple[int, int, int]
+Rule = Callable[[Tensor, Tensor], Tensor]
+"""Queries and keys of the video [B, H, N, D] to a map over their blocks, bool [B, H, Tq, Tk]."""
+NOT_FINITE = Dense("queries or keys are not finite")
 
 
 @dataclass(frozen=True)
@@ -26,54 +31,79 @@ class UniformBlocks:
     size: int
 
     @property
-    def count(self) -> int:
-        return -(-self.sequence.tokens // self.size)
-
-    @property
-    def first(self) -> int:
-        """The first block of video tokens alone."""
-        return -(-self.sequence.video_start // self.size)
-
-    @property
-    def last(self) -> int:
-        """One after the last block of video tokens alone; at most ``first`` where there is none."""
+    def pinned(self) -> tuple[int, int]:
+        """Blocks with text before and after those of video tokens alone; all of them before, where none is such."""
+        count = -(-self.sequence.tokens // self.size)
+        first, last = -(-self.sequence.video_start // self.size), count
         if self.sequence.text and self.sequence.text_side == "after":
-            return self.sequence.grid.tokens // self.size
-        return self.count
+            last = self.sequence.grid.tokens // self.size
+        return (first, count - last) if first < last else (count, 0)
 
-    def video(self, x_BHND: Tensor) -> Tensor:
+    @property
+    def tokens(self) -> slice:
         """The tokens of the blocks that hold video alone."""
-        return x_BHND[:, :, self.first * self.size : max(self.last, self.first) * self.size]
-
-    def plan(self, on_BHTT: Tensor, *, order: Tensor | None = None, kv_order: Tensor | None = None) -> Plan:
-        """The plan of a map over the blocks of ``video``, [B|1, H|1, T, T], all else on.
-
-        ``order``, ``kv_order``: of the sequence's queries and keys, as for a plan.
-        """
-        first, after = self.first, self.count - max(self.last, self.first)
-        on = F.pad(on_BHTT, (first, after, first, after), value=True)
-        return Plan(
-            q_len=self.sequence.tokens,
-            kv_len=self.sequence.tokens,
-            q_sizes=self.size,
-            kv_sizes=self.size,
-            blocks=BlockMap.from_dense(on),
-            q_order=order,
-            kv_order=kv_order,
-        )
+        before, after = self.pinned
+        end = self.sequence.grid.tokens // self.size * self.size if after else self.sequence.tokens
+        return slice(min(before * self.size, end), end)
 
 
-def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor) -> Plan:
-    """The plan of a map over the grid's tiles in raster order, [B|1, H|1, T, T]; text is a block of its own, all on."""
+def predicted(
+    sequence: Sequence, q_block: int, kv_block: int, q_BHND: Tensor, k_BHND: Tensor, rule: Rule
+) -> Plan | Dense:
+    """The plan whose map ``rule`` predicts from the video's own queries and keys."""
+    q_blocks, kv_blocks = UniformBlocks(sequence, q_block), UniformBlocks(sequence, kv_block)
+    q, k = q_BHND[:, :, q_blocks.tokens], k_BHND[:, :, kv_blocks.tokens]
+    if not finite(q, k):
+        return NOT_FINITE
+    if min(q.shape[2], k.shape[2]):
+        on = rule(q, k)
+    else:  # text touches every block
+        shape = (1, 1, -(-q.shape[2] // q_block), -(-k.shape[2] // kv_block))
+        on = torch.ones(shape, dtype=torch.bool, device=q.device)
+    return uniform_plan(q_blocks, kv_blocks, on)
+
+
+def uniform_plan(
+    q_blocks: UniformBlocks, kv_blocks: UniformBlocks, on_BHQK: Tensor, kv_order: Tensor | None = None
+) -> Plan:
+    """The plan of a map over the blocks of video tokens alone, [B|1, H|1, Tq, Tk]; all others are on."""
+    tokens = q_blocks.sequence.tokens
+    return Plan(
+        q_len=tokens,
+        kv_len=tokens,
+        q_sizes=q_blocks.size,
+        kv_sizes=kv_blocks.size,
+        blocks=BlockMap.from_dense(F.pad(on_BHQK, (*kv_blocks.pinned, *q_blocks.pinned), value=True)),
+        kv_order=kv_order,
+    )
+
+
+def finite(*tensors: Tensor) -> bool:
+    """Whether all numbers are; their sum is finite exactly then, unless it overflows float32."""
+    sums = torch.stack([x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors])
+    return bool(sums.isfinite().all())
+
+
+def grid_tile_order(sequence: Sequence, tile: Tile, device: torch.device) -> Tensor:
+    """The sequence's tokens tile by tile, text in its place: int64 [N]."""
+    token_order = sequence.order(tile_order(sequence.grid, tile))
+    assert token_order is not None
+    return token_order.to(device)
+
+
+def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor, token_order: Tensor | None = None) -> Plan:
+    """The plan of a map over the grid's tiles in raster order, [B|1, H|1, T, T]; text is a block of its own, all on.
+
+    ``token_order``: that of ``grid_tile_order``, from a caller who keeps it.
+    """
+    device = on_BHTT.device
+    if token_order is None:
+        token_order = grid_tile_order(sequence, tile, device)
     sizes = tile_sizes(sequence.grid, tile)
     if sequence.text:
         text, before = torch.tensor([sequence.text]), sequence.text_side == "before"
         sizes = torch.cat([text, sizes] if before else [sizes, text])
         on_BHTT = F.pad(on_BHTT, (1, 0, 1, 0) if before else (0, 1, 0, 1), value=True)
-    token_order = sequence.order(tile_order(sequence.grid, tile))
-    assert token_order is not None
-    device = on_BHTT.device
-    token_order = token_order.to(device)
     return Plan(
         q_len=sequence.tokens,
         kv_len=sequence.tokens,
@@ -85,9 +115,29 @@ def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor) -> Plan:
     )
 
 
+def three(field: str, value: object, unit: str) -> Tile:
+    """A setting of three numbers of at least 1. Raises ``ValueError`` that names what is legal."""
+    parts = list(value) if isinstance(value, tuple | list) else []
+    if len(parts) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in parts):
+        raise ValueError(f"{field} = {value!r} must be three numbers of {unit} of at least 1: frames, height, width")
+    return parts[0], parts[1], parts[2]
+
+
 def tiles_across(grid: Grid, tile: Tile) -> Tile:
     """Tiles along each axis."""
     return -(-grid.frames // tile[0]), -(-grid.height // tile[1]), -(-grid.width // tile[2])
+
+
+def check_count(field: str, count: object, unit: str = "tokens") -> None:
+    """Raise ``ValueError`` unless ``count`` is an int of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{field} = {count!r} must be a number of {unit} of at least 1")
+
+
+def check_share(field: str, share: object) -> None:
+    """Raise ``ValueError`` unless ``share`` lies above 0 and is at most 1."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+        raise ValueError(f"{field} = {share!r} must be above 0 and at most 1")
 
 
 def _as_uniform(sizes: Tensor, device: torch.device) -> int | Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from falloff.geometry import Grid
 from falloff.methods.base import Call, Method, State
-from falloff.methods.layout import Tile, tile_plan, tiles_across
+from falloff.methods.layout import Tile, three, tile_plan, tiles_across
 from falloff.plan import Plan
 
 TILES: tuple[Tile, ...] = ((6, 8, 8), (4, 4, 4), (2, 4, 4), (2, 2, 2))
@@ -80,11 +80,3 @@ def axis_window(tiles: int, window: int) -> Tensor:
         return torch.ones(tiles, tiles, dtype=torch.bool)
     centre = place.clamp(half, tiles - 1 - half)
     return (place - centre[:, None]).abs() <= half
-
-
-def three(field: str, value: object, unit: str) -> Tile:
-    """A setting of three numbers of at least 1. Raises ``ValueError`` that names what is legal."""
-    parts = list(value) if isinstance(value, tuple | list) else []
-    if len(parts) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in parts):
-        raise ValueError(f"{field} = {value!r} must be three numbers of {unit} of at least 1: frames, height, width")
-    return parts[0], parts[1], parts[2]
