@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from falloff.evaluation.compare import compare
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import SVG2, VSA, Full, Method, Radial, SlidingTile, SpargeAttn, XAttention
+    from falloff.methods import SVG2, VSA, AdaSpa, Full, Method, Radial, SlidingTile, SpargeAttn, XAttention
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.schedule import Schedule
@@ -52,7 +52,7 @@ _HOME = {
     "falloff.evaluation.compare": ("compare",),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("Full", "Method", "Radial", "SVG2", "SlidingTile", "SpargeAttn", "VSA", "XAttention"),
+    "falloff.methods": ("AdaSpa", "Full", "Method", "Radial", "SVG2", "SlidingTile", "SpargeAttn", "VSA", "XAttention"),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.schedule": ("Schedule",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from falloff.methods.adaspa import AdaSpa
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.full import Full
 from falloff.methods.radial import Radial
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
         Full,
         Radial,
         SVG2,
+        AdaSpa,
         SlidingTile,
         XAttention,
         SpargeAttn,
@@ -48,6 +50,7 @@ __all__ = [
     "METHODS",
     "SVG2",
     "VSA",
+    "AdaSpa",
     "Call",
     "Dense",
     "Full",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from falloff.methods.adaspa import AdaSpa
 from falloff.methods.base import Method
 from falloff.methods.radial import Radial
 from falloff.methods.svg2 import SVG2
@@ -101,6 +102,11 @@ PRESETS: dict[str, Preset] = {
         method=SVG2(q_clusters=200, k_clusters=1000, first_iterations=50),
         schedule=Schedule(dense_first=0.04, dense_layers=()),
         evidence=f"{SVG_SCRIPTS}: 480p, 129 frames, 2 of 50 steps dense",
+    ),
+    "adaspa/hunyuan": Preset(
+        method=AdaSpa(),
+        schedule=Schedule(dense_first=0.2, dense_layers=()),
+        evidence="arXiv:2502.21079: 720p, 8 s, searches at steps 10 and 30 of 50; 29.1 dB PSNR, 1.78x",
     ),
 }
 
