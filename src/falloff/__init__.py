@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     from falloff.evaluation.compare import compare
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import SVG2, VSA, AdaSpa, Full, Method, Radial, SlidingTile, SpargeAttn, XAttention
+    from falloff.methods import (
+        SVG1,
+        SVG2,
+        VSA,
+        AdaSpa,
+        Full,
+        Method,
+        Radial,
+        Router,
+        SlidingTile,
+        SpargeAttn,
+        XAttention,
+    )
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.schedule import Schedule
@@ -21,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "SVG1",
     "SVG2",
     "VSA",
     "AdaSpa",
@@ -31,6 +44,7 @@ __all__ = [
     "Plan",
     "Radial",
     "Report",
+    "Router",
     "Schedule",
     "Sequence",
     "SlidingTile",
@@ -52,7 +66,19 @@ _HOME = {
     "falloff.evaluation.compare": ("compare",),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("AdaSpa", "Full", "Method", "Radial", "SVG2", "SlidingTile", "SpargeAttn", "VSA", "XAttention"),
+    "falloff.methods": (
+        "AdaSpa",
+        "Full",
+        "Method",
+        "Radial",
+        "Router",
+        "SVG1",
+        "SVG2",
+        "SlidingTile",
+        "SpargeAttn",
+        "VSA",
+        "XAttention",
+    ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.schedule": ("Schedule",),

@@ -211,6 +211,7 @@ class Session:
         self.position = Position(run=-1)
         self._plans: dict[tuple[Sequence, torch.device], Plan | Dense] = {}
         self._states: dict[tuple[int, int, str | None], State] = {}
+        self._shared: dict[Any, Any] = {}
         self._calls: deque[tuple[dict[str, Any], Stopwatch | None]] = deque(maxlen=RECORDS_KEPT)
         self._forwards: deque[Stopwatch] = deque(maxlen=RECORDS_KEPT)
         self._last_plan: Plan | None = None
@@ -228,6 +229,7 @@ class Session:
         """
         if position.run != self.position.run:
             self._states.clear()
+            self._shared.clear()
             self._calls.clear()
             self._forwards.clear()
             self._last_plan = self._last_choice = None
@@ -374,7 +376,7 @@ class Session:
             steps=where.steps,
             branch=where.branch,
         )
-        state = self._states.setdefault((seat.model, seat.layer, where.branch), State())
+        state = self._states.setdefault((seat.model, seat.layer, where.branch), State(shared=self._shared))
         try:
             plan = self.method.plan(call, q, k, v, state)
         except Exception as error:  # whatever a method raises, the user must learn at which call

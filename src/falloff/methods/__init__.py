@@ -9,8 +9,10 @@ from falloff.methods.adaspa import AdaSpa
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.full import Full
 from falloff.methods.radial import Radial
+from falloff.methods.router import Router
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
+from falloff.methods.svg1 import SVG1
 from falloff.methods.svg2 import SVG2
 from falloff.methods.vsa import VSA
 from falloff.methods.xattention import XAttention
@@ -20,8 +22,10 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         Full,
         Radial,
+        SVG1,
         SVG2,
         AdaSpa,
+        Router,
         SlidingTile,
         XAttention,
         SpargeAttn,
@@ -48,6 +52,7 @@ def get(name: str, **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "SVG1",
     "SVG2",
     "VSA",
     "AdaSpa",
@@ -56,6 +61,7 @@ __all__ = [
     "Full",
     "Method",
     "Radial",
+    "Router",
     "SlidingTile",
     "SpargeAttn",
     "State",

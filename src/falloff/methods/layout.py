@@ -64,7 +64,11 @@ def predicted(
 
 
 def uniform_plan(
-    q_blocks: UniformBlocks, kv_blocks: UniformBlocks, on_BHQK: Tensor, kv_order: Tensor | None = None
+    q_blocks: UniformBlocks,
+    kv_blocks: UniformBlocks,
+    on_BHQK: Tensor,
+    kv_order: Tensor | None = None,
+    q_order: Tensor | None = None,
 ) -> Plan:
     """The plan of a map over the blocks of video tokens alone, [B|1, H|1, Tq, Tk]; all others are on."""
     tokens = q_blocks.sequence.tokens
@@ -74,6 +78,7 @@ def uniform_plan(
         q_sizes=q_blocks.size,
         kv_sizes=kv_blocks.size,
         blocks=BlockMap.from_dense(F.pad(on_BHQK, (*kv_blocks.pinned, *q_blocks.pinned), value=True)),
+        q_order=q_order,
         kv_order=kv_order,
     )
 

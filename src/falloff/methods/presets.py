@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from falloff.methods.adaspa import AdaSpa
 from falloff.methods.base import Method
 from falloff.methods.radial import Radial
+from falloff.methods.svg1 import SVG1
 from falloff.methods.svg2 import SVG2
 from falloff.schedule import Schedule
 
@@ -107,6 +108,26 @@ PRESETS: dict[str, Preset] = {
         method=AdaSpa(),
         schedule=Schedule(dense_first=0.2, dense_layers=()),
         evidence="arXiv:2502.21079: 720p, 8 s, searches at steps 10 and 30 of 50; 29.1 dB PSNR, 1.78x",
+    ),
+    "svg1/wan2.1-14b": Preset(
+        method=SVG1(density=0.3),
+        schedule=Schedule(dense_first=0.2),
+        evidence=f"{SVG_SCRIPTS}: 720p, 81 frames, 10 of 50 steps dense",
+    ),
+    "svg1/hunyuan": Preset(
+        method=SVG1(density=0.25),
+        schedule=Schedule(dense_first=0.1),
+        evidence=f"{SVG_SCRIPTS}: 720p, 129 frames, 5 of 50 steps dense",
+    ),
+    "svg1/hunyuan-480p": Preset(
+        method=SVG1(density=0.2),
+        schedule=Schedule(dense_first=0.04, dense_layers=()),
+        evidence=f"{SVG_SCRIPTS}: 480p, 129 frames, 2 of 50 steps dense",
+    ),
+    "svg1/cogvideox": Preset(
+        method=SVG1(density=0.25, rows=32),
+        schedule=Schedule(dense_first=0.2, dense_layers=(0, 1)),
+        evidence=f"{SVG_SCRIPTS}: CogVideoX, a fifth of the steps dense",
     ),
 }
 
