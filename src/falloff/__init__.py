@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
     from falloff.methods import (
+        PBS,
         SVG1,
         SVG2,
         VSA,
         AdaSpa,
+        Anchor,
         Full,
+        Hyper,
         Method,
         Radial,
         Router,
@@ -28,21 +31,27 @@ if TYPE_CHECKING:
     )
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
+    from falloff.recipe import Recipe, RecipeError
+    from falloff.reporting import Report
     from falloff.schedule import Schedule
-    from falloff.session import Report
 
 __all__ = [
+    "PBS",
     "PRESETS",
     "SVG1",
     "SVG2",
     "VSA",
     "AdaSpa",
+    "Anchor",
     "BlockMap",
     "Full",
     "Grid",
+    "Hyper",
     "Method",
     "Plan",
     "Radial",
+    "Recipe",
+    "RecipeError",
     "Report",
     "Router",
     "Schedule",
@@ -68,8 +77,11 @@ _HOME = {
     "falloff.hosts.sdpa": ("sdpa",),
     "falloff.methods": (
         "AdaSpa",
+        "Anchor",
         "Full",
+        "Hyper",
         "Method",
+        "PBS",
         "Radial",
         "Router",
         "SVG1",
@@ -81,8 +93,9 @@ _HOME = {
     ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
+    "falloff.recipe": ("Recipe", "RecipeError"),
+    "falloff.reporting": ("Report",),
     "falloff.schedule": ("Schedule",),
-    "falloff.session": ("Report",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 

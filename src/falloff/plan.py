@@ -178,19 +178,17 @@ class Plan:
 
     def mask(self) -> Tensor:
         """The computed token pairs in the given (unpermuted) order, bool [B|1, H|1, Nq, Nkv]. For small N."""
-        every = torch.arange(self.q_len, device=self.blocks.start.device)
-        return self.mask_rows(every)
+        return self.keys_seen(torch.arange(self.q_len, device=self.blocks.start.device))
 
-    def mask_rows(self, queries: Tensor) -> Tensor:
-        """The rows of ``mask()`` for some queries, int64 [R]: bool [B|1, H|1, R, Nkv]."""
-        rows = self.block_rows(self.q_block_of()[..., queries])
-        kv_block = self.kv_block_of()[..., None, :].expand(*rows.shape[:3], -1)
-        return rows.gather(3, kv_block)
+    def keys_seen(self, rows: Tensor) -> Tensor:
+        """The keys that the queries int64 [R] are computed with, in the given order, bool [B|1, H|1, R, Nkv]."""
+        seen = self.blocks_seen(self.q_block_of()[..., rows])
+        kv_block = self.kv_block_of()[..., None, :].expand(*seen.shape[:3], self.kv_len)
+        return seen.gather(3, kv_block)
 
-    def block_rows(self, q_block: Tensor) -> Tensor:
-        """The key blocks that query blocks [B|1, H|1, R] see: bool [B|1, H|1, R, Tk]."""
-        index = q_block[..., None].expand(*q_block.shape, self.blocks.shape[3])
-        return self.blocks.dense().gather(2, index)
+    def blocks_seen(self, q_block: Tensor) -> Tensor:
+        """The key blocks that query blocks int64 [B|1, H|1, R] see: bool [B|1, H|1, R, Tk]."""
+        return self.blocks.dense().gather(2, q_block[..., None].expand(*q_block.shape, self.blocks.shape[3]))
 
     def q_block_of(self) -> Tensor:
         """The block of every query in the given order, int64 [B|1, H|1, Nq]."""

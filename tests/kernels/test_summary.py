@@ -11,7 +11,7 @@ from kernel_cases import IMPLS, INTERPRETING, TOLERANCE, Case, cases, qkv, rando
 
 from falloff.kernels import run
 from falloff.kernels import summary as module
-from falloff.plan import BlockMap, Plan, PlanError, dense_plan
+from falloff.plan import Plan, PlanError, dense_plan
 
 every_kernel = pytest.mark.parametrize("impl", IMPLS)
 few = settings(max_examples=2 if INTERPRETING else 25, deadline=None)
@@ -147,11 +147,3 @@ def test_a_plan_counts_its_summary_as_work_and_keeps_its_blocks():
     assert [x.flops(batch=2, heads=3, head_dim=8) for x in both] == [4 * 8 * 6 * 64, 4 * 8 * 6 * (64 + 16 * 4)]
     with pytest.raises(PlanError, match="cannot be refined"):
         both[1].refine(2)
-
-
-def test_mask_rows_are_rows_of_the_mask():
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    blocks = BlockMap.from_dense(random_map(0, 2, 5, 4))
-    plan = Plan(q_len=20, kv_len=15, q_sizes=4, kv_sizes=4, blocks=blocks, q_order=order, partial=True)
-    rows = torch.tensor([3, 0, 19, 3])
-    assert torch.equal(plan.mask_rows(rows), plan.mask()[:, :, rows])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falloff import Grid, Plan, Sequence
-from falloff.methods.layout import UniformBlocks, finite, predicted
+from falloff.methods.layout import Prediction, UniformBlocks, finite, predicted
 
 
 @settings(deadline=None, max_examples=150)
@@ -27,12 +27,13 @@ def test_a_predictor_sees_video_alone_and_decides_on_all_of_it(
     x = torch.arange(sequence.tokens, dtype=torch.float32).view(1, 1, -1, 1)
     asked = []
 
-    def nothing(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def first_block(q: torch.Tensor, k: torch.Tensor) -> Prediction:
         asked.append((q.flatten().long(), k.flatten().long()))
         q_blocks, kv_blocks = -(-q.shape[2] // q_block), -(-k.shape[2] // kv_block)
-        return (torch.arange(kv_blocks) == 0).expand(1, 1, q_blocks, -1)
+        on = (torch.arange(kv_blocks) == 0).expand(1, 1, q_blocks, -1)
+        return Prediction(on, kv_order=torch.arange(k.shape[2]).flip(0)[None, None])
 
-    made = predicted(sequence, q_block, kv_block, x, x, nothing)
+    made = predicted(sequence, q_block, kv_block, x, x, first_block)
     assert isinstance(made, Plan)
 
     def touched(block: int) -> torch.Tensor:
@@ -47,7 +48,10 @@ def test_a_predictor_sees_video_alone_and_decides_on_all_of_it(
     if asked:
         assert torch.equal(asked[0][0], (~q_pinned).nonzero()[:, 0])
         assert torch.equal(asked[0][1], (~kv_pinned).nonzero()[:, 0])
-        assert int(mask[~q_pinned][:, ~kv_pinned].sum(1)[0]) == min(kv_block, int((~kv_pinned).sum()))
+        seen = mask[~q_pinned][:, ~kv_pinned]
+        last = min(kv_block, seen.shape[1])  # the first block of the reversed keys
+        assert bool(seen[:, seen.shape[1] - last :].all())
+        assert not bool(seen[:, : seen.shape[1] - last].any())
     else:
         assert bool(q_pinned.all() | kv_pinned.all())
 

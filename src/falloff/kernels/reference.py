@@ -28,7 +28,7 @@ def attention(
     logits = scale * (q @ k.mT)
     if plan.summary:
         k_mean, v_mean, count = _means(plan, k, v, key_valid_BN)
-        skipped = ~plan.block_rows(plan.q_block_of()) & (count > 0)[..., None, :]
+        skipped = ~plan.blocks_seen(plan.q_block_of()) & (count > 0)[..., None, :]
         kept = torch.cat([kept.expand(*skipped.shape[:2], -1, -1), skipped], -1)
         logits = torch.cat([logits, scale * (q @ k_mean.mT) + count.clamp(min=1).log()[..., None, :]], -1)
         v = torch.cat([v, v_mean], 2)

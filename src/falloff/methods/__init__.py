@@ -6,8 +6,11 @@ import dataclasses
 from typing import Any
 
 from falloff.methods.adaspa import AdaSpa
+from falloff.methods.anchor import Anchor
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.full import Full
+from falloff.methods.hyper import Hyper
+from falloff.methods.pbs import PBS
 from falloff.methods.radial import Radial
 from falloff.methods.router import Router
 from falloff.methods.sparge import SpargeAttn
@@ -30,6 +33,9 @@ METHODS: dict[str, type[Method]] = {
         XAttention,
         SpargeAttn,
         VSA,
+        Anchor,
+        Hyper,
+        PBS,
     )
 }
 """Every method by the name that the command line and recipes use."""
@@ -52,13 +58,16 @@ def get(name: str, **settings: Any) -> Method:
 
 __all__ = [
     "METHODS",
+    "PBS",
     "SVG1",
     "SVG2",
     "VSA",
     "AdaSpa",
+    "Anchor",
     "Call",
     "Dense",
     "Full",
+    "Hyper",
     "Method",
     "Radial",
     "Router",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -41,8 +42,8 @@ class State:
     values: for one (session, layer, branch). shared: for all calls of the session.
     """
 
-    values: dict[Any, Any] = field(default_factory=dict)
-    shared: dict[Any, Any] = field(default_factory=dict)
+    values: dict[Hashable, Any] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

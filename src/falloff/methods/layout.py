@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,22 @@ from falloff.methods.pooling import tile_sizes
 from falloff.plan import BlockMap, Plan
 
 Tile = tuple[int, int, int]
-Rule = Callable[[Tensor, Tensor], Tensor]
-"""Queries and keys of the video [B, H, N, D] to a map over their blocks, bool [B, H, Tq, Tk]."""
 NOT_FINITE = Dense("queries or keys are not finite")
+
+
+class Prediction(NamedTuple):
+    """A map over the blocks of a video's queries and keys, bool [B|1, H|1, Tq, Tk], and orders to cut them along.
+
+    Orders are int64 [B|1, H|1, N] over the tokens that were looked at, with heads of their own where the map has.
+    """
+
+    on: Tensor
+    q_order: Tensor | None = None
+    kv_order: Tensor | None = None
+
+
+Rule = Callable[[Tensor, Tensor], Prediction]
+"""From the video's queries and keys, [B, H, N, D] each."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +60,31 @@ class UniformBlocks:
         end = self.sequence.grid.tokens // self.size * self.size if after else self.sequence.tokens
         return slice(min(before * self.size, end), end)
 
+    def order(self, video_order: Tensor | None) -> Tensor | None:
+        """An order of these tokens, int64 [..., N], as one of the whole sequence; the others keep their place."""
+        if video_order is None:
+            return None
+        place = torch.arange(self.sequence.tokens, device=video_order.device)
+        whole = place.expand(*video_order.shape[:-1], -1).clone()
+        whole[..., self.tokens] = video_order + self.tokens.start
+        return whole
+
 
 def predicted(
     sequence: Sequence, q_block: int, kv_block: int, q_BHND: Tensor, k_BHND: Tensor, rule: Rule
 ) -> Plan | Dense:
-    """The plan whose map ``rule`` predicts from the video's own queries and keys."""
+    """The plan whose map ``rule`` predicts from the queries and keys of blocks with video alone; the rest is on."""
     q_blocks, kv_blocks = UniformBlocks(sequence, q_block), UniformBlocks(sequence, kv_block)
     q, k = q_BHND[:, :, q_blocks.tokens], k_BHND[:, :, kv_blocks.tokens]
     if not finite(q, k):
         return NOT_FINITE
     if min(q.shape[2], k.shape[2]):
-        on = rule(q, k)
+        made = rule(q, k)
     else:  # text touches every block
         shape = (1, 1, -(-q.shape[2] // q_block), -(-k.shape[2] // kv_block))
-        on = torch.ones(shape, dtype=torch.bool, device=q.device)
-    return uniform_plan(q_blocks, kv_blocks, on)
+        made = Prediction(torch.ones(shape, dtype=torch.bool, device=q.device))
+    q_order, kv_order = q_blocks.order(made.q_order), kv_blocks.order(made.kv_order)
+    return uniform_plan(q_blocks, kv_blocks, made.on, kv_order, q_order)
 
 
 def uniform_plan(

@@ -36,7 +36,7 @@ def output_errors(
     """
     batch, heads, _, head_dim = q_BHND.shape
     k, v = grid_tokens(k_BHND, sequence), grid_tokens(v_BHND, sequence)
-    masks = [grid_tokens(plan.mask_rows(queries_R).transpose(2, 3), sequence).transpose(2, 3) for plan in plans]
+    masks = [grid_tokens(plan.keys_seen(queries_R).transpose(2, 3), sequence).transpose(2, 3) for plan in plans]
     exact = torch.promote_types(q_BHND.dtype, torch.float32)
     errors = torch.empty(len(plans), batch, heads, dtype=exact, device=q_BHND.device)
     for group in groups_within(batch, heads, SCORE_BYTES * len(queries_R) * k.shape[2]):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from falloff.methods.base import Call, Dense, Method, State
-from falloff.methods.layout import check_count, check_share, predicted
+from falloff.methods.layout import Prediction, check_count, check_share, predicted
 from falloff.methods.pooling import block_means
 from falloff.methods.select import mass_ge, mass_le, topk
 from falloff.plan import Plan
@@ -61,7 +61,9 @@ class SpargeAttn(Method):
         check_count("kv_block", self.kv_block)
 
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
-        return predicted(call.sequence, self.q_block, self.kv_block, q_BHND, k_BHND, self.block_map)
+        return predicted(
+            call.sequence, self.q_block, self.kv_block, q_BHND, k_BHND, lambda q, k: Prediction(self.block_map(q, k))
+        )
 
     def block_map(self, q_BHND: Tensor, k_BHND: Tensor) -> Tensor:
         """Which pairs of blocks are computed, bool [B, H, Tq, Tk]."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from falloff.methods.base import Call, Dense, Method, State
-from falloff.methods.layout import check_count, check_share, predicted
+from falloff.methods.layout import Prediction, check_count, check_share, predicted
 from falloff.methods.select import mass_ge
 from falloff.plan import Plan
 
@@ -64,7 +64,7 @@ class XAttention(Method):
             self.block,
             q_BHND,
             k_BHND,
-            lambda q, k: mass_ge(antidiagonal_mass(q, k, self.stride, self.block), share),
+            lambda q, k: Prediction(mass_ge(antidiagonal_mass(q, k, self.stride, self.block), share)),
         )
 
     def _shares(self) -> tuple[float, ...]:

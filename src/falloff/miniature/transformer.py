@@ -26,8 +26,9 @@ from falloff.miniature.pool import Pool, Recipe, load
 from falloff.miniature.state import load_state, save_state, seeded
 
 SMALL = Recipe("small", size=64, frames=9, clips=4000, pairs=0.0, composed=0.0)
-FULL = Recipe("full", size=128, frames=17, clips=800, pairs=0.0, composed=0.6)
-LONG = Recipe("long", size=128, frames=65, clips=200, pairs=0.0, composed=0.6)
+# Two digits are what is hard: which colour, digit and direction belong together is learnt from pairs alone.
+FULL = Recipe("full", size=128, frames=17, clips=1600, pairs=0.0, composed=0.8)
+LONG = Recipe("long", size=128, frames=65, clips=480, pairs=0.0, composed=0.8)
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Stage:
 # A clip on the small canvas costs a quarter of one on the full canvas, and shapes are learnt as well on it.
 SHAPES = Meal(SMALL, 3, 16)
 STAGES = (
-    Stage(0.40, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 6))),
-    Stage(0.62, (SHAPES, Meal(FULL, 3, 6), Meal(FULL, 5, 4))),
+    Stage(0.30, (SHAPES, SHAPES, SHAPES, Meal(FULL, 3, 6))),
+    Stage(0.48, (SHAPES, Meal(FULL, 3, 6), Meal(FULL, 5, 4))),
+    Stage(0.68, (Meal(FULL, 3, 6), Meal(FULL, 5, 4))),
     Stage(0.80, (Meal(FULL, 5, 4), Meal(LONG, 9, 2))),
     Stage(1.0, (Meal(LONG, 9, 2), Meal(LONG, 17, 1), Meal(LONG, 17, 1))),
 )
