@@ -41,6 +41,11 @@ def test_unknown_steps_and_many_reasons() -> None:
     assert (only.name, only.words) == ("unknown", "dense (reason 0, reason 1, reason 2 and 2 more reasons)")
 
 
+def test_steps_are_in_order_whatever_the_order_of_the_calls() -> None:
+    calls = [record(step=None), record(step=2), dense("dense first step", step=0), record(step=1)]
+    assert [stretch.name for stretch in by_step(calls)] == ["0", "1 to 2", "unknown"]
+
+
 def test_report_tells_them_and_leaves_out_the_middle_of_many() -> None:
     settings = {"method": Radial(), "schedule": Schedule(), "forward_seconds": None, "plan": None, "choice": None}
     text = str(Report(calls=run(), **settings))

@@ -43,7 +43,7 @@ def _stretches(calls: Sequence[Record], place: Callable[[Record], int | None]) -
         at.setdefault(place(call), []).append(call)
     places = sorted(at, key=lambda found: (found is None, found or 0))
     found = []
-    for _, group in groupby(places, key=lambda here: _kind(at[here])):
+    for _, group in groupby(places, key=lambda here: (here is None, _kind(at[here]))):
         members = list(group)
         found.append(Stretch(members[0], members[-1], _words([call for here in members for call in at[here]])))
     return found
