@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from falloff.methods import Full, Method, Radial
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
+    from falloff.recipe import Recipe, RecipeError
     from falloff.reporting import Report
     from falloff.schedule import Schedule
 
@@ -27,6 +28,8 @@ __all__ = [
     "Method",
     "Plan",
     "Radial",
+    "Recipe",
+    "RecipeError",
     "Report",
     "Schedule",
     "Sequence",
@@ -49,6 +52,7 @@ _HOME = {
     "falloff.methods": ("Full", "Method", "Radial"),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
+    "falloff.recipe": ("Recipe", "RecipeError"),
     "falloff.reporting": ("Report",),
     "falloff.schedule": ("Schedule",),
 }

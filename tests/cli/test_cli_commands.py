@@ -69,6 +69,30 @@ def test_compare(falloff, checkpoint: Path, tmp_path: Path) -> None:
     assert values["fps"] == 8
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_recipe(falloff, checkpoint: Path, tmp_path: Path, layers: int) -> None:
+    from falloff import Radial, Recipe, Schedule
+
+    schedule = Schedule(dense_first=2, dense_layers=())
+    recipe = Recipe(model="WanTransformer3DModel", layers=layers, method=Radial(block=2), schedule=schedule)
+    recipe.save(tmp_path / "r.yaml")
+    generated = falloff(
+        "generate", "a fox", "--model", checkpoint, "--method", tmp_path / "r.yaml", "--output", tmp_path / "a.mp4"
+    )
+    methods = f"radial(block=4),{tmp_path / 'r.yaml'}"
+    out = tmp_path / "out"
+    compared = falloff("compare", "--prompt", "a fox", "--model", checkpoint, "--methods", methods, "--output", out)
+    if layers == 3:
+        for result in (generated, compared):
+            assert result.code == 1
+            assert "with 3 self-attention layers, this is WanTransformer3DModel with 2" in result.err
+        return
+    assert "dense first step: 8 calls" in generated.out
+    values = json.loads((out / "compare.json").read_text())
+    assert [method["label"] for method in values["methods"]] == ["radial block=4", "radial block=2"]
+    assert [method["schedule"]["dense_first"] for method in values["methods"]] == [0.25, 2]
+
+
 @pytest.mark.parametrize("command", ["generate", "compare"])
 def test_interrupt(falloff, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
