@@ -199,6 +199,12 @@ def _attach(attachment: Attachment) -> None:
     model, host = attachment.model, attachment.host
     _check_config(model, host)
     paths = host.attention_paths(model)
+    if not paths:
+        raise UnsupportedModelError(
+            f"no module of this {type(model).__name__} matches {', '.join(host.self_attention)}, where the family "
+            f"{host.family} has its self-attention; correct self_attention of its host"
+        )
+    _check_arguments(model, attachment.names)
     users = Counter(id(module.processor) for module in model.modules() if hasattr(module, "processor"))
     model._falloff = attachment  # type: ignore[assignment]  # modules say tensors or modules
     for layer, path in enumerate(paths):
@@ -209,6 +215,15 @@ def _attach(attachment: Attachment) -> None:
     attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
     attachment.handles.append(model.register_forward_hook(_root_ends))
     _listen(model, attachment.listener)
+
+
+def _check_arguments(model: nn.Module, names: list[str]) -> None:
+    missing = [name for name in ("hidden_states", "timestep") if name not in names]
+    if missing:
+        raise UnsupportedModelError(
+            f"the forward of {type(model).__name__} takes {', '.join(names)}, but not {' and '.join(missing)}, from "
+            "which falloff tells the device and the step"
+        )
 
 
 def _check_config(model: nn.Module, host: Host) -> None:
