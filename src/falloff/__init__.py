@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from falloff.api import attention, disable, enable, plan_for, report, using
     from falloff.evaluation.compare import compare
     from falloff.geometry import Grid, Sequence
+    from falloff.hosts.backend import register_diffusers_backend
     from falloff.hosts.sdpa import sdpa
     from falloff.methods import Full, Method, Radial
     from falloff.methods.presets import PRESETS, preset
@@ -39,6 +40,7 @@ __all__ = [
     "enable",
     "plan_for",
     "preset",
+    "register_diffusers_backend",
     "report",
     "sdpa",
     "using",
@@ -48,6 +50,7 @@ _HOME = {
     "falloff.api": ("attention", "disable", "enable", "plan_for", "report", "using"),
     "falloff.evaluation.compare": ("compare",),
     "falloff.geometry": ("Grid", "Sequence"),
+    "falloff.hosts.backend": ("register_diffusers_backend",),
     "falloff.hosts.sdpa": ("sdpa",),
     "falloff.methods": ("Full", "Method", "Radial"),
     "falloff.methods.presets": ("PRESETS", "preset"),
