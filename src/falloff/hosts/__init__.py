@@ -44,7 +44,10 @@ class Host:
     square_mask: bool = False
     """Masks are [B, 1, S, S], valid queries by valid keys: the first row, which is valid, tells the valid keys."""
     refuse: Callable[[Any], str | None] = lambda config: None
-    """Why a model cannot be served, from its config; asked before every forward, as pipelines may change it."""
+    """Why a model cannot be served, from its config; asked before every forward, as pipelines may change it.
+
+    Its docstring says in a few words which models those are, for the table of models.
+    """
     refused: Mapping[str, str] = field(default_factory=dict)
     """Class names of the family that cannot be served, and why."""
 
