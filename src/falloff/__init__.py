@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from falloff.api import attention, disable, enable, plan_for, report, using
     from falloff.evaluation.compare import compare
+    from falloff.evaluation.tune import Goal, tune
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.backend import register_diffusers_backend
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import Full, Method, Radial
+    from falloff.methods import PBS, VSA, Anchor, Full, Hyper, Method, Radial, SlidingTile, SpargeAttn, XAttention
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.recipe import Recipe, RecipeError
@@ -22,10 +23,15 @@ if TYPE_CHECKING:
     from falloff.schedule import Schedule
 
 __all__ = [
+    "PBS",
     "PRESETS",
+    "VSA",
+    "Anchor",
     "BlockMap",
     "Full",
+    "Goal",
     "Grid",
+    "Hyper",
     "Method",
     "Plan",
     "Radial",
@@ -34,6 +40,9 @@ __all__ = [
     "Report",
     "Schedule",
     "Sequence",
+    "SlidingTile",
+    "SpargeAttn",
+    "XAttention",
     "attention",
     "compare",
     "disable",
@@ -43,16 +52,29 @@ __all__ = [
     "register_diffusers_backend",
     "report",
     "sdpa",
+    "tune",
     "using",
 ]
 
 _HOME = {
     "falloff.api": ("attention", "disable", "enable", "plan_for", "report", "using"),
     "falloff.evaluation.compare": ("compare",),
+    "falloff.evaluation.tune": ("Goal", "tune"),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.backend": ("register_diffusers_backend",),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("Full", "Method", "Radial"),
+    "falloff.methods": (
+        "Full",
+        "Method",
+        "Radial",
+        "SlidingTile",
+        "XAttention",
+        "SpargeAttn",
+        "VSA",
+        "PBS",
+        "Hyper",
+        "Anchor",
+    ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.recipe": ("Recipe", "RecipeError"),

@@ -148,7 +148,7 @@ def words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
-        return "whole numbers with commas between"
+        return f"{'whole ' if get_args(hint)[0] is int else ''}numbers with commas between"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")
 
 
@@ -157,7 +157,7 @@ def _as(text: str, hint: Any) -> Any:
     if get_origin(hint) is Literal:
         return get_args(hint)[get_args(hint).index(text)] if text in get_args(hint) else _refuse(text)
     if get_origin(hint) is tuple:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(get_args(hint)[0](part) for part in text.split(",") if part.strip())
     if hint is bool:
         return {"true": True, "false": False}[text] if text in ("true", "false") else _refuse(text)
     return hint(text)
