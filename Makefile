@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint figures models clean
 
 demo: $(VENV)/.ready
 	$(BIN)/falloff compare --output outputs/demo
@@ -17,10 +17,15 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/figures.py --check
+	$(BIN)/python benchmarks/models.py --check
 
 # Rewrites the tables of README.md from the committed results in benchmarks/results.
 figures: $(VENV)/.ready
 	$(BIN)/python benchmarks/figures.py
+
+# Tests every family of models, and rewrites docs/models.md from what passed.
+models: $(VENV)/.ready
+	$(BIN)/python benchmarks/models.py --test
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "falloff needs Python 3.10 or newer; set PYTHON=")'
