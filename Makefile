@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint matrix figures clean
 
 demo: $(VENV)/.ready
 	$(BIN)/falloff compare --output outputs/demo
@@ -18,6 +18,10 @@ lint: $(VENV)/.ready
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/figures.py --check
 
+# Tests of the seam with diffusers under every supported version, in environments of their own. Takes long.
+matrix:
+	$(PYTHON) tests/matrix/run.py
+
 # Rewrites the tables of README.md from the committed results in benchmarks/results.
 figures: $(VENV)/.ready
 	$(BIN)/python benchmarks/figures.py
@@ -30,4 +34,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .matrix outputs

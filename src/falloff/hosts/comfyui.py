@@ -36,6 +36,8 @@ BRANCHES = {(0,): "cond", (1,): "uncond", (0, 1): "cond_uncond", (1, 0): "cond_u
 TOLERANCE = 1e-4
 """Noise levels this close to each other, relatively, are the same."""
 
+NOTHING_SEEN = "whole forwards: a step cache skipped them, or another node's override came after falloff"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -116,7 +118,7 @@ class Patch:
         finally:
             self.session.end()
             if self._seen == before:
-                self.left_alone["another node took the place of falloff's override; put falloff after it"] += 1
+                self.left_alone[NOTHING_SEEN] += 1
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch left it untyped
     def attention(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -129,9 +131,10 @@ class Patch:
             return original(*args, **kwargs)
 
         call = AttentionCall(*args, **kwargs)
-        if not call.over_video():
+        scene = call.scene()
+        if scene is None:
             return dense()
-        seat = call.seat()
+        seat = call.seat(scene)
         if isinstance(seat, str):
             self.left_alone[seat] += 1
             return dense()
@@ -141,7 +144,7 @@ class Patch:
             run=lambda *unused: call.output_per_head(dense()),
         )
         out, _ = self.session.attend(
-            seat, q, k, v, grid=call.scene.grid, dense=backend, mask=call.pairs_mask(), scale=call.more.get("scale")
+            seat, q, k, v, grid=scene.grid, dense=backend, mask=call.pairs_mask(), scale=call.more.get("scale")
         )
         return call.as_output(out)
 
@@ -169,18 +172,17 @@ class AttentionCall:
         self.skip_reshape, self.skip_output_reshape, self.more = skip_reshape, skip_output_reshape, more
         self.queries, self.keys = (x.shape[2 if skip_reshape else 1] for x in (q, k))
         self.options = more.get("transformer_options") or {}
-        self.scene: Scene | None = self.options.get(KEY)
 
-    def over_video(self) -> bool:
-        """Self-attention over all tokens of the video: neither cross-attention nor a text refiner's."""
-        if self.scene is None or self.queries != self.keys:
-            return False
-        return self.scene.grid is None or self.queries >= self.scene.grid.tokens
+    def scene(self) -> Scene | None:
+        """The forward it is in; ``None`` for cross-attention, a text refiner's call and one outside our forwards."""
+        scene: Scene | None = self.options.get(KEY)
+        if scene is None or self.queries != self.keys:
+            return None
+        return scene if scene.grid is None or self.queries >= scene.grid.tokens else None
 
-    def seat(self) -> Seat | str:
+    def seat(self, scene: Scene) -> Seat | str:
         """The layer that calls, or why the call is left alone."""
-        assert self.scene is not None
-        family, index = self.scene.family, self.options.get("block_index")
+        family, index = scene.family, self.options.get("block_index")
         if index is None:
             return "no block_index: this ComfyUI does not tell the layer; a newer one does"
         if self.more.get("enable_gqa"):
@@ -188,7 +190,7 @@ class AttentionCall:
         kind = self.options.get("block_type", "double")
         if kind not in family.blocks:
             return f"block_type {kind!r} is unknown in {family.name}"
-        layers = {name: len(getattr(self.scene.model, path)) for name, path in family.blocks.items()}
+        layers = {name: len(getattr(scene.model, path)) for name, path in family.blocks.items()}
         names = list(layers)
         first = sum(layers[name] for name in names[: names.index(kind)])
         return Seat(model=0, layer=first + index, layers=sum(layers.values()), text_side=family.text_side)
