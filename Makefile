@@ -19,8 +19,8 @@ lint: $(VENV)/.ready
 	$(BIN)/python benchmarks/figures.py --check
 
 # Tests of the seam with diffusers under every supported version, in environments of their own. Takes long.
-matrix:
-	$(PYTHON) tests/matrix/run.py
+matrix: $(VENV)/.ready
+	$(BIN)/python tests/matrix/run.py
 
 # Rewrites the tables of README.md from the committed results in benchmarks/results.
 figures: $(VENV)/.ready
