@@ -84,15 +84,19 @@ class Session:
         self._last_plan: Plan | None = None
         self._last_choice: kernels.Choice | None = None
         self._stays_dense: str | None = None
+        self._share = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """The same settings at work elsewhere: plans, state and statistics are not shared."""
         return Session(self.method, schedule=self.schedule, kernel=self.kernel, timing=self.timing)
 
-    def begin(self, position: Position, device: torch.device, stays_dense: str | None = None) -> None:
+    def begin(
+        self, position: Position, device: torch.device, stays_dense: str | None = None, *, share: int = 0
+    ) -> None:
         """A root forward starts; the first of a run forgets the run before.
 
-        ``stays_dense``: why all of this forward does, if it does.
+        ``stays_dense``: why all of this forward does, if it does. ``share``: which of the processes that share the
+        heads evenly this one is.
         """
         if position.run != self.position.run:
             self._states.clear()
@@ -101,6 +105,7 @@ class Session:
             self._last_plan = self._last_choice = None
         self.position = position
         self._stays_dense = stays_dense
+        self._share = share
         if self.timing:
             self._forwards.append(Stopwatch(device))
 
@@ -125,11 +130,10 @@ class Session:
 
         ``mask``: as for PyTorch's attention. A plan is made only where it is over keys alone, bool [B, 1, 1, S].
         """
-        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         started = time.perf_counter()
-        plan = self._decide(seat, grid, q, k, v, mask)
+        plan = self._decide(seat, grid, q_BSHD, k_BSHD, v_BSHD, mask)
         note: dict[str, Any] = {"plan_seconds": time.perf_counter() - started}
-        watch = Stopwatch(q.device) if self.timing else None
+        watch = Stopwatch(q_BSHD.device) if self.timing else None
         if isinstance(plan, Dense):
             out = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
             note.update(density=1.0, kernel=dense.name(), reason=plan.reason)
@@ -160,8 +164,7 @@ class Session:
             return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
         if not self.method.static:
             raise MethodError(f"{self.method.name} plans from queries and keys; train it in eager mode, not compiled")
-        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
-        plan = self._cached_plan(seat, _sequence(seat, grid, q.shape[2]), q, k, v)
+        plan = self._cached_plan(seat, _sequence(seat, grid, q_BSHD.shape[1]), q_BSHD, k_BSHD, v_BSHD)
         assert isinstance(plan, Plan)  # it was one when the call was first run
         return self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)[0]
 
@@ -201,38 +204,41 @@ class Session:
         return out.transpose(1, 2), choice
 
     def _decide(
-        self, seat: Seat, grid: Grid | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        self, seat: Seat, grid: Grid | None, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None
     ) -> Plan | Dense:
         if self._stays_dense is not None:
             return Dense(self._stays_dense)
         if grid is None:
             return Dense("grid unknown")
-        if k.shape[2] != q.shape[2]:
-            return Dense(f"{q.shape[2]} queries attend to {k.shape[2]} keys: no self-attention")
+        tokens, keys = q_BSHD.shape[1], k_BSHD.shape[1]
+        if keys != tokens:
+            return Dense(f"{tokens} queries attend to {keys} keys: no self-attention")
         if (fault := mask_fault(mask)) is not None:
             return Dense(fault)
-        text = q.shape[2] - grid.tokens
+        text = tokens - grid.tokens
         if text < 0 or (text > 0 and seat.text_side is None):
-            return Dense(f"{q.shape[2]} tokens do not fit the grid {grid} of {grid.tokens}")
+            return Dense(f"{tokens} tokens do not fit the grid {grid} of {grid.tokens}")
         where = self.position
         reason = self.schedule.reason(layer=seat.layer, step=where.step, steps=where.steps)
         if reason is not None:
             return Dense(reason)
-        sequence = _sequence(seat, grid, q.shape[2])
+        sequence = _sequence(seat, grid, tokens)
         if self.method.static:
-            return self._cached_plan(seat, sequence, q, k, v)
-        return self._plan(seat, sequence, q, k, v)
+            return self._cached_plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+        return self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
 
-    def _cached_plan(self, seat: Seat, sequence: Sequence, q: Tensor, k: Tensor, v: Tensor) -> Plan | Dense:
+    def _cached_plan(
+        self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
+    ) -> Plan | Dense:
         """One plan object for every layer, step and branch of a static method."""
-        key = (sequence, q.device)
+        key = (sequence, q_BSHD.device)
         if key not in self._plans:
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = self._plan(seat, sequence, q, k, v)
+            self._plans[key] = self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
         return self._plans[key]
 
-    def _plan(self, seat: Seat, sequence: Sequence, q: Tensor, k: Tensor, v: Tensor) -> Plan | Dense:
+    def _plan(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Plan | Dense:
         where = self.position
         call = Call(
             sequence=sequence,
@@ -241,13 +247,15 @@ class Session:
             step=where.step,
             steps=where.steps,
             branch=where.branch,
+            first_head=self._share * q_BSHD.shape[2],
         )
         state = self._states.setdefault((seat.model, seat.layer, where.branch), State())
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         try:
             plan = self.method.plan(call, q, k, v, state)
         except Exception as error:  # whatever a method raises, the user must learn at which call
             _fail(self.method, call, error)
-        return plan if isinstance(plan, Dense) else plan.to(q.device)
+        return plan if isinstance(plan, Dense) else plan.to(q_BSHD.device)
 
     def _note(self, seat: Seat, note: dict[str, Any], watch: Stopwatch | None) -> None:
         where = self.position

@@ -16,7 +16,9 @@ from falloff.cli.progress import Steps
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video is to show.")],
     model: options.Model = None,
-    method: Annotated[str, typer.Option(help="How attention is computed; 'falloff methods' lists them.")] = "radial",
+    method: Annotated[
+        str, typer.Option(help="How attention is computed, one of 'falloff methods', or a recipe's .yaml file.")
+    ] = "radial",
     set_: options.Settings = [],  # noqa: B006 - typer reads the default and never writes to it
     frames: options.Frames = None,
     height: options.Height = None,
