@@ -33,7 +33,6 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
 TESTS = (
     "tests/hosts/test_diffusers.py",
     "tests/hosts/test_families.py",
-    "tests/hosts/test_pipelines.py",
     "tests/hosts/test_wan.py",
     "tests/hosts/test_where.py",
 )

@@ -26,6 +26,8 @@ def fault(config: Any, *, dispatched: bool, square_mask: bool) -> str | None:
 
     ``dispatched``: the model's own processors go through diffusers' dispatcher. ``square_mask``: see ``Host``.
     """
+    if not hasattr(attention_dispatch, "SeqAllToAllDim"):
+        return "this version of diffusers has no exchange of tokens for heads to share; a newer one has"
     if config.ring_degree > 1:
         return (
             f"ring attention (ring_degree={config.ring_degree}) shows a process a part of the keys at a time, and "
