@@ -40,7 +40,8 @@ class Locality:
     """What a group's cells must keep to.
 
     proximity: least weight of known neighbours, where an edge weighs 1 and a corner 1 / sqrt(2).
-    repulsion: cells of a group are more than this apart along one axis at least; 0 leaves neighbours.
+    repulsion: cells of a group are more than this apart along one axis at least; 0 leaves neighbours. Published are
+        2 for 16 x 16 tokens (3 for the largest model) and 4 for 32 x 32.
     """
 
     proximity: float = 1.0
@@ -73,7 +74,8 @@ def make_orders(
         raise ValueError(f"unknown decoding order {name!r}; choose one of {', '.join(ORDER_NAMES)}")
     check_sizes(sizes, height * width)
     known = _checked(known_HW, height, width)
-    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    device = generator.device if generator is not None else None
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator, device=device)))
     rule = locality or Locality()
     drawn = [_draw(name, height, width, sizes, rng, rule, known) for _ in range(count)]
     return torch.from_numpy(np.stack(drawn))
@@ -84,8 +86,7 @@ def _checked(known_HW: Tensor | None, height: int, width: int) -> Bools:
         return np.zeros(height * width, dtype=np.bool_)
     if tuple(known_HW.shape) != (height, width) or known_HW.dtype != torch.bool:
         raise ValueError(
-            f"the mask of known tokens must be boolean [{height}, {width}], "
-            f"got {known_HW.dtype} {list(known_HW.shape)}"
+            f"the mask of known tokens must be boolean [{height}, {width}], got {known_HW.dtype} {list(known_HW.shape)}"
         )
     return np.asarray(known_HW.cpu().numpy()).reshape(-1)
 

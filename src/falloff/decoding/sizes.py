@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 PUBLISHED: dict[tuple[int, int], tuple[int, ...]] = {
     (256, 8): (1, 15, 24, 32, 40, 45, 49, 50),
@@ -44,7 +45,7 @@ def cosine_sizes(tokens: int, steps: int) -> tuple[int, ...]:
     if not fewest <= steps <= tokens:
         raise ValueError(f"{tokens} tokens are decoded in {fewest} to {tokens} steps, got {steps}")
     angles = [k * math.pi / (2 * steps) for k in range(steps + 1)]
-    exact = [tokens * (math.cos(a) - math.cos(b)) for a, b in zip(angles, angles[1:], strict=False)]
+    exact = [tokens * (math.cos(a) - math.cos(b)) for a, b in pairwise(angles)]
     sizes = [1] + [max(1, round(size)) for size in exact[1:]]
     while (left := tokens - sum(sizes)) != 0:
         change = 1 if left > 0 else -1
