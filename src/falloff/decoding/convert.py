@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ TRAINING_ONLY = ("quantize.codebook_used",)
 
 def convert(transformer: Path, tokenizer: Path, folder: Path) -> LPDPipeline:
     """Write the pipeline to ``folder`` and return it. Raises ``ValueError`` for files that hold something else."""
-    pipe = LPDPipeline(transformer=load_transformer(transformer), tokenizer=load_tokenizer(tokenizer))
+    pipe = LPDPipeline(transformer=load_transformer(transformer), vae=load_tokenizer(tokenizer))
     pipe.save_pretrained(folder)
     return pipe
 
@@ -46,7 +45,8 @@ def load_transformer(file: Path) -> LPDTransformer:
         vocabulary=state["token_emb.weight"].shape[0],
         classes=classes,
     )
-    return _filled(model, state, file)
+    _fill(model, state, file)
+    return model.eval()  # type: ignore[no-any-return]  # diffusers is not typed
 
 
 def load_tokenizer(file: Path) -> VQTokenizer:
@@ -54,7 +54,8 @@ def load_tokenizer(file: Path) -> VQTokenizer:
     state = _state(file, needed="quantize.embedding.weight")
     codes, dim = state["quantize.embedding.weight"].shape
     model = VQTokenizer(codes=codes, code_dim=dim)
-    return _filled(model, {name: tensor for name, tensor in state.items() if name not in TRAINING_ONLY}, file)
+    _fill(model, {name: tensor for name, tensor in state.items() if name not in TRAINING_ONLY}, file)
+    return model.eval()  # type: ignore[no-any-return]  # diffusers is not typed
 
 
 def _state(file: Path, needed: str) -> dict[str, Tensor]:
@@ -66,13 +67,12 @@ def _state(file: Path, needed: str) -> dict[str, Tensor]:
     return state
 
 
-def _filled(model: Any, state: dict[str, Tensor], file: Path) -> Any:
-    """The model with the weights; sizes that differ are an error of ``load_state_dict`` that names them."""
+def _fill(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    """Sizes that differ are an error of ``load_state_dict`` that names them."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit {type(model).__name__}: {error}") from error
-    return model.eval()
 
 
 def main() -> None:

@@ -103,10 +103,12 @@ def decode(
     cache = Cache(model, copies * len(labels_B), labels_B.device)
     begun, mask = 0, _known_mask(sizes, done).to(labels_B.device) if done else None
     for number, end in enumerate(end for end in accumulate(sizes) if end > done):
-        inputs = (placed[:, begun:done], orders_BN[:, begun:done], orders_BN[:, done:end])
-        logits = step(model, cache, classes, *(x.repeat(copies, 1) for x in inputs), mask)
+        tokens = placed[:, begun:done].repeat(copies, 1)
+        cells, asked = (orders_BN[:, a:b].repeat(copies, 1) for a, b in ((begun, done), (done, end)))
+        logits = step(model, cache, classes, tokens, cells, asked, mask)
         if copies == 2:
-            logits = guided(*logits.chunk(2), scales[done:end])
+            cond, uncond = logits.chunk(2)
+            logits = guided(cond, uncond, scales[done:end])
         placed[:, done:end] = sampler(logits, generator)
         begun, done, classes, mask = done, end, None, None
         if on_step is not None:

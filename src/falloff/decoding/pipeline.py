@@ -102,7 +102,7 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
                 known_BN=None if known is None else known.flatten(1),
                 on_step=on_step,
             )
-        images = self._images(tokens.unflatten(1, self._grid), output_type)
+        images = self._images(tokens.reshape(-1, *self._grid), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -142,7 +142,8 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
             raise ValueError(f"the mask must be [{height}, {width}] pixels, got {list(pixels.shape)}")
         # 8-bit pictures are set above the middle, as are masks of fractions; booleans where true
         level = 127 if pixels.dtype == torch.uint8 else 0.5
-        return ~(pixels > level).unflatten(0, (-1, factor)).unflatten(2, (-1, factor)).any(dim=3).any(dim=1)
+        in_tokens = (pixels > level).reshape(height // factor, factor, width // factor, factor)
+        return ~in_tokens.any(dim=3).any(dim=1)
 
     def _known_tokens(self, image: Any, unmasked_HW: Tensor, count: int) -> Tensor:
         """Codes of the image, [count, grid height, grid width], ``UNKNOWN`` where masked."""
@@ -155,7 +156,8 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
                 f"got {list(pixels.shape)}"
             )
         codes = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).cpu()
-        return codes.expand(count, -1, -1).masked_fill(~unmasked_HW, UNKNOWN)
+        known: Tensor = codes.expand(count, -1, -1).masked_fill(~unmasked_HW, UNKNOWN)
+        return known
 
 
 def _steps(sizes: Sequence[int], known: Tensor | None) -> int:

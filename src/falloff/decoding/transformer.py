@@ -161,7 +161,7 @@ def resized_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, i
     """A checkpoint's positions [1, 1 + h w, D] for another grid, bicubic; the class keeps its own."""
     if pos_embed.shape[1] != 1 + old[0] * old[1]:
         raise ValueError(f"positions of a {old[0]} x {old[1]} grid are 1 + {old[0] * old[1]}, got {pos_embed.shape[1]}")
-    picture = pos_embed[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)
+    picture = pos_embed[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)
     options: dict[str, Any] = {"size": new, "mode": "bicubic", "align_corners": False}
     resized = nn.functional.interpolate(picture, **options).permute(0, 2, 3, 1).flatten(1, 2)
     return torch.cat([pos_embed[:, :1], resized], dim=1)

@@ -1,0 +1,1 @@
+"""An autoregressive image model in miniature: handwritten digits by class, decoded in parallel."""
