@@ -135,7 +135,7 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
 
     def _unmasked(self, mask: Any) -> Tensor:
         """Boolean [grid height, grid width]: tokens without a masked pixel."""
-        pixels = torch.as_tensor(np.array(mask))
+        pixels = mask.cpu() if isinstance(mask, Tensor) else torch.as_tensor(np.array(mask))
         factor = self.vae.factor
         height, width = (factor * side for side in self._grid)
         if tuple(pixels.shape) != (height, width):

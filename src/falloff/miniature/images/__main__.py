@@ -15,7 +15,7 @@ from falloff.miniature.images import tokenizer, transformer
 
 app = typer.Typer(help=__doc__, add_completion=False)
 GENERATION = {"num_inference_steps": 20, "guidance_scale": 2.0, "order": "planned"}
-TOKENIZER_SHARE = 0.2
+TOKENIZER_SHARE = 0.12
 """Of the time, what the tokenizer is trained for."""
 
 

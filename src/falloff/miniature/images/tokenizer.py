@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
 from falloff.decoding.tokenizer import VQTokenizer
-from falloff.miniature.images import pictures
+from falloff.miniature.digits import training_scans
+from falloff.miniature.images.pictures import pictures
 from falloff.miniature.muon import optimizers, set_rate
 from falloff.miniature.state import load_state, save_state, seeded
 
@@ -40,13 +41,14 @@ def train(folder: Path, seconds: float) -> VQTokenizer:
     parts = {"model": model, **both}
     spent, step = load_state(folder / "tokenizer.pt", parts)
     began, saved = time.monotonic() - spent, time.monotonic()
+    images, _ = pictures(training_scans)
     used = torch.zeros(CODES)
     with Progress() as progress:
         bar = progress.add_task("tokenizer", total=seconds, completed=int(spent))
         while (spent := time.monotonic() - began) < seconds:
             set_rate(both.values(), min(1.0, (step + 1) / 30) * (0.02 + 0.98 * _cosine(spent / seconds)))
-            images = pictures.draw(np.random.default_rng([21, step]), BATCH)
-            error, codes, latents = _step(model, both.values(), images)
+            chosen = np.random.default_rng([21, step]).integers(len(images), size=BATCH)
+            error, codes, latents = _step(model, both.values(), images[chosen])
             used += torch.bincount(codes.flatten(), minlength=CODES)
             step += 1
             if step % RESEED_EVERY == 0 and spent < 0.7 * seconds:

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
 from falloff.decoding.tokenizer import VQTokenizer
 from falloff.decoding.training import Codes, Recipe, train
 from falloff.decoding.transformer import LPDTransformer
-from falloff.miniature import digits
-from falloff.miniature.images import pictures
+from falloff.miniature.digits import training_scans
+from falloff.miniature.images.pictures import SIDE, TOKEN, pictures
 from falloff.miniature.images.tokenizer import CODES, encode
 from falloff.miniature.muon import optimizers
 from falloff.miniature.state import seeded
@@ -23,24 +22,19 @@ RECIPE = Recipe(batch=16, warmup=0.02, decay=0.6, floor=0.02, clip=1.0)
 
 def build() -> LPDTransformer:
     """The untrained transformer (about 1.3 M parameters)."""
-    side = pictures.SIDE // pictures.TOKEN
+    side = SIDE // TOKEN
     return LPDTransformer(
         width=128, layers=6, heads=4, grid_height=side, grid_width=side, vocabulary=CODES, classes=10, dropout=0.05
     )
 
 
 def load_codes(tokenizer: VQTokenizer, folder: Path) -> Codes:
-    """Tokens of all training scans at all places, from ``folder``/codes.pt, made there first if it is missing."""
+    """Tokens of all training scans, from ``folder``/codes.pt, made there first if it is missing."""
     file = folder / "codes.pt"
     if not file.exists():
-        scans, labels = pictures.labelled(digits.training_scans)
-        places = [(down, right) for down in pictures.SHIFTS for right in pictures.SHIFTS]
-        tokens = [
-            encode(tokenizer, torch.stack([pictures.picture(scan, *place) for scan in scans]))
-            for place in track(places, description="tokens")
-        ]
+        images, labels = pictures(training_scans)
         beside = file.with_suffix(".part")
-        torch.save((torch.cat(tokens), torch.tensor(labels * len(places))), beside)
+        torch.save((encode(tokenizer, images), labels), beside)
         os.replace(beside, file)
     return Codes(*torch.load(file, weights_only=True))
 
