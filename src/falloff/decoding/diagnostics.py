@@ -63,7 +63,8 @@ def attention_by_distance(
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
         weights = scores.softmax(dim=-1)
         found.append(_mean_at_distance(weights[:, :, 1 + tokens :, 1 : 1 + tokens], distance_BNN, known_NN))
-        return weights @ v
+        out: Tensor = weights @ v
+        return out
 
     model(labels_B, tokens_BN.gather(1, orders_BN), orders_BN, orders_BN, attend)
     return torch.stack(found)

@@ -103,7 +103,7 @@ def compare(
     drawn: dict[str, list[Tensor]] = {name: [] for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     labels = torch.arange(samples) % 10
-    for number, part in enumerate(track(labels.split(together), description="pictures")):
+    for number, part in enumerate(track(torch.split(labels, together), description="pictures")):
         for name, arguments in ways.items():
             generator = torch.Generator().manual_seed(number)
             began = time.perf_counter()

@@ -27,9 +27,10 @@ RESEED_EVERY = 20
 
 def build() -> VQTokenizer:
     """The untrained tokenizer (about 0.5 M parameters)."""
-    return VQTokenizer(
+    model: VQTokenizer = VQTokenizer(
         width=16, multipliers=(1, 2, 3), blocks=1, latent_channels=32, codes=CODES, code_dim=8, channels=1, groups=8
     )
+    return model
 
 
 def train(folder: Path, seconds: float) -> VQTokenizer:
@@ -59,7 +60,8 @@ def train(folder: Path, seconds: float) -> VQTokenizer:
                 saved = time.monotonic()
             progress.update(bar, completed=spent, description=f"tokenizer, step {step}, error {error:.4f}")
     save_state(folder / "tokenizer.pt", parts, seconds, step)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _cosine(done: float) -> float:
@@ -95,10 +97,10 @@ def _reseed(model: VQTokenizer, used: Tensor, latents_BCHW: Tensor, rng: np.rand
 @torch.no_grad()
 def encode(model: VQTokenizer, images: Tensor, together: int = 64) -> Tensor:
     """Codes uint8 [count, tokens] in raster order."""
-    return torch.cat([model.encode(part).flatten(1).to(torch.uint8) for part in images.split(together)])
+    return torch.cat([model.encode(part).flatten(1).to(torch.uint8) for part in torch.split(images, together)])
 
 
 @torch.no_grad()
 def reconstruct(model: VQTokenizer, images: Tensor, together: int = 64) -> Tensor:
     """Images through codes and back."""
-    return torch.cat([model.decode(model.encode(part)).clamp(-1, 1) for part in images.split(together)])
+    return torch.cat([model.decode(model.encode(part)).clamp(-1, 1) for part in torch.split(images, together)])

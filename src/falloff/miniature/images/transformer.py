@@ -17,15 +17,16 @@ from falloff.miniature.images.tokenizer import CODES, encode
 from falloff.miniature.muon import optimizers
 from falloff.miniature.state import seeded
 
-RECIPE = Recipe(batch=16, warmup=0.02, decay=0.6, floor=0.02, clip=1.0)
+RECIPE = Recipe(batch=8, warmup=0.02, decay=0.6, floor=0.02, clip=1.0)
 
 
 def build() -> LPDTransformer:
     """The untrained transformer (about 1.3 M parameters)."""
     side = SIDE // TOKEN
-    return LPDTransformer(
+    model: LPDTransformer = LPDTransformer(
         width=128, layers=6, heads=4, grid_height=side, grid_width=side, vocabulary=CODES, classes=10, dropout=0.05
     )
+    return model
 
 
 def load_codes(tokenizer: VQTokenizer, folder: Path) -> Codes:
