@@ -57,6 +57,8 @@ def find(model: str | None, *, by_class: bool = False) -> Checkpoint:
 
     Raises ``CommandError`` when it is missing, incomplete, or of no supported family.
     """
+    if model is None and by_class:
+        return _bundled_decoder()
     if model is None:
         from falloff.miniature import path as bundled
 
@@ -69,6 +71,14 @@ def find(model: str | None, *, by_class: bool = False) -> Checkpoint:
     if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise CommandError(f"there is no folder {model}; --model takes a checkpoint folder or a name on the hub", USAGE)
     return Checkpoint(model, model, {})
+
+
+def _bundled_decoder() -> Checkpoint:
+    from falloff.miniature import images
+
+    if not images.path().exists():
+        raise CommandError("--class needs --model, a folder with LPDPipeline: none is bundled here", USAGE)
+    return _folder(images.path(), "the bundled image miniature", by_class=True)
 
 
 def _folder(path: Path, name: str, by_class: bool = False) -> Checkpoint:

@@ -20,8 +20,6 @@ def make(model: str | None, label: int, *, steps: int | None, guidance: float | 
     if output.suffix.lower() != ".png":
         raise CommandError(f"--output {output} must end in .png", USAGE)
     options.check_folder(output.parent)
-    if model is None:
-        raise CommandError("--class needs --model, a checkpoint folder whose pipeline decodes images of classes", USAGE)
     checkpoint = checkpoints.find(model, by_class=True)
     arguments = {**checkpoint.defaults, **options.call_arguments(None, None, None, steps, guidance)}
 

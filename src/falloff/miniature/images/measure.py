@@ -98,6 +98,8 @@ def compare(
 ) -> dict[str, Any]:
     """Each way's score over ``samples`` pictures of all digits in turn, and seconds for a batch of ``together``.
 
+    ``times_faster`` compares those seconds with the first way's; ``None`` where no batch was full.
+
     Batches of all ways are interleaved, so that a machine that warms up or slows down favours none.
     """
     drawn: dict[str, list[Tensor]] = {name: [] for name in ways}
@@ -111,12 +113,16 @@ def compare(
             if len(part) == together:
                 seconds[name].append(time.perf_counter() - began)
             drawn[name].append(images.float() * 2 - 1)
-    return {
-        name: {
+    medians = {name: median(each) if each else None for name, each in seconds.items()}
+    first = next(iter(medians.values()))
+    rows = {}
+    for name, arguments in ways.items():
+        taken = medians[name]
+        rows[name] = {
             **arguments,
             **judge.score(torch.cat(drawn[name]), labels),
-            "seconds_per_batch": median(seconds[name]) if seconds[name] else None,
             "batch": together,
+            "seconds_per_batch": taken,
+            "times_faster": first / taken if first and taken else None,
         }
-        for name, arguments in ways.items()
-    }
+    return rows
