@@ -138,6 +138,25 @@ def test_what_does_not_fit_is_refused(pipe: LPDPipeline, arguments: dict[str, ob
         pipe(**{"num_inference_steps": 5, **arguments})
 
 
+def test_offloaded_parts_are_brought_back_before_they_run() -> None:
+    """Every part runs behind the hook that offloading hangs on it."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    called = []
+
+    class Note(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):  # type: ignore[no-untyped-def]
+            called.append(type(module).__name__)
+            return args, kwargs
+
+    pipe = LPDPipeline(model(torch.float32), tokenizer())
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.transformer, pipe.vae):
+        add_hook_to_module(part, Note())
+    pipe(0, 5, image=picture()[None], mask=torch.ones(4 * HEIGHT, 4 * WIDTH))
+    assert called == ["VQTokenizer", *["LPDTransformer"] * 5, "VQTokenizer"]
+
+
 def test_parts_of_other_codebooks_are_refused() -> None:
     with pytest.raises(ValueError, match="knows 11 tokens and the tokenizer 12 codes"):
         LPDPipeline(model(), tokenizer(codes=12))

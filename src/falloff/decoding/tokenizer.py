@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, pad, silu
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -185,10 +186,12 @@ class VQTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers i
         out: Tensor = self.quant_conv(self.encoder(images_BCHW))
         return out
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]  # diffusers is not typed; brings offloaded weights back
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Codes int64 [B, H / f, W / f]."""
         return self.quantize.nearest(self.latents(images_BCHW))
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]  # as for encode
     def decode(self, codes_BHW: Tensor) -> Tensor:
         """Images [B, channels, f H, f W], about -1 to 1."""
         return self.decode_latents(self.quantize(codes_BHW))
