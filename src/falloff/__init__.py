@@ -11,25 +11,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from falloff.api import attention, disable, enable, plan_for, report, using
     from falloff.evaluation.compare import compare
+    from falloff.evaluation.tune import Goal, tune
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import Full, Method, Radial
+    from falloff.methods import PBS, VSA, Anchor, Full, Hyper, Method, Radial, SlidingTile, SpargeAttn, XAttention
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
+    from falloff.recipe import Recipe, RecipeError
+    from falloff.reporting import Report
     from falloff.schedule import Schedule
-    from falloff.session import Report
 
 __all__ = [
+    "PBS",
     "PRESETS",
+    "VSA",
+    "Anchor",
     "BlockMap",
     "Full",
+    "Goal",
     "Grid",
+    "Hyper",
     "Method",
     "Plan",
     "Radial",
+    "Recipe",
+    "RecipeError",
     "Report",
     "Schedule",
     "Sequence",
+    "SlidingTile",
+    "SpargeAttn",
+    "XAttention",
     "attention",
     "compare",
     "disable",
@@ -38,19 +50,33 @@ __all__ = [
     "preset",
     "report",
     "sdpa",
+    "tune",
     "using",
 ]
 
 _HOME = {
     "falloff.api": ("attention", "disable", "enable", "plan_for", "report", "using"),
     "falloff.evaluation.compare": ("compare",),
+    "falloff.evaluation.tune": ("Goal", "tune"),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("Full", "Method", "Radial"),
+    "falloff.methods": (
+        "Full",
+        "Method",
+        "Radial",
+        "SlidingTile",
+        "XAttention",
+        "SpargeAttn",
+        "VSA",
+        "PBS",
+        "Hyper",
+        "Anchor",
+    ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
+    "falloff.recipe": ("Recipe", "RecipeError"),
+    "falloff.reporting": ("Report",),
     "falloff.schedule": ("Schedule",),
-    "falloff.session": ("Report",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 

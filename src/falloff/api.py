@@ -12,8 +12,10 @@ from falloff import kernels, methods
 from falloff.hosts import UnsupportedModelError, host_for
 from falloff.methods.base import Method, plan_for
 from falloff.plan import Plan
+from falloff.recipe import Recipe
+from falloff.reporting import Report
 from falloff.schedule import Schedule
-from falloff.session import Report, Session
+from falloff.session import Session
 
 if TYPE_CHECKING:
     from falloff.hosts import Host
@@ -35,7 +37,7 @@ class AlreadyEnabledError(RuntimeError):
 
 def enable(
     pipe: T,
-    method: Method | str,
+    method: Method | str | Recipe,
     *,
     schedule: Schedule | None = None,
     kernel: str = "auto",
@@ -44,20 +46,27 @@ def enable(
 ) -> T:
     """Let a method plan the self-attention of a diffusers pipeline, a transformer or a list of transformers.
 
-    ``method``: a method, or its name for its default settings. ``schedule``: what stays dense; ``None`` takes the
-    method's own. ``kernel``: "auto", or the one kernel to use. ``timing``: measure attention and forwards too.
-    Returns ``pipe``, the same object. When this raises, nothing was attached.
+    ``method``: a method, its name for its default settings, or a recipe. ``schedule``: what stays dense; ``None``
+    takes the recipe's or the method's own. ``kernel``: "auto" (or the recipe's), or the one kernel to use.
+    ``timing``: measure attention and forwards too. Returns ``pipe``, the same object. When this raises, nothing was
+    attached.
 
     Raises ``AlreadyEnabledError`` when a method is attached already, unless ``replace`` is set,
-    ``UnsupportedModelError`` for models of no known family, and ``ValueError`` for unknown methods and kernels, and
-    for a method that leaves out pairs of frames on a model of images.
+    ``UnsupportedModelError`` for models of no known family, ``RecipeError`` for another model's recipe, and
+    ``ValueError`` for unknown methods and kernels, and for a method that leaves out pairs of frames on a model of
+    images.
     """
-    method = methods.get(method) if isinstance(method, str) else method
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a Method or the name of one, got {method!r}")
-    _check_kernel(kernel)
     models = _models(pipe)
     hosts = [host_for(model) for model in models]
+    if isinstance(method, Recipe):
+        check_recipe(pipe, method)
+        schedule = schedule or method.schedule
+        kernel = method.kernel if kernel == "auto" else kernel
+        method = method.method
+    method = methods.get(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method, the name of one or a Recipe, got {method!r}")
+    _check_kernel(kernel)
     _check_frames(method, hosts)
     before = _attachments(models)
     if before and not replace:
@@ -84,7 +93,12 @@ def disable(pipe: Any) -> None:
 
 @contextmanager
 def using(
-    pipe: T, method: Method | str, *, schedule: Schedule | None = None, kernel: str = "auto", timing: bool = False
+    pipe: T,
+    method: Method | str | Recipe,
+    *,
+    schedule: Schedule | None = None,
+    kernel: str = "auto",
+    timing: bool = False,
 ) -> Iterator[T]:
     """``enable`` for the duration of a ``with`` block."""
     enable(pipe, method, schedule=schedule, kernel=kernel, timing=timing)
@@ -100,6 +114,17 @@ def report(pipe: Any) -> Report:
     if len(sessions) > 1:
         raise ValueError("these transformers were enabled one by one; ask for the report of each")
     return next(iter(sessions.values())).report()
+
+
+def check_recipe(pipe: Any, recipe: Recipe) -> None:
+    """Raise ``RecipeError`` unless a recipe is for the transformers of a pipeline."""
+    for model, layers in identities(pipe):
+        recipe.check(model, layers)
+
+
+def identities(pipe: Any) -> list[tuple[str, int]]:
+    """Class name and number of self-attention layers of each transformer: what a recipe is for."""
+    return [(type(model).__name__, len(host_for(model).attention_paths(model))) for model in _models(pipe)]
 
 
 def attention(

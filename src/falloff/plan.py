@@ -171,12 +171,15 @@ class Plan:
 
     def mask(self) -> Tensor:
         """The computed token pairs in the given (unpermuted) order, bool [B|1, H|1, Nq, Nkv]. For small N."""
-        batch, heads, q_blocks, kv_blocks = self.blocks.shape
-        q_block = _block_of(self.q_sizes_BHT(), self.q_order, self.q_len, (batch, heads))
+        return self.keys_seen(torch.arange(self.q_len, device=self.blocks.start.device))
+
+    def keys_seen(self, rows: Tensor) -> Tensor:
+        """The keys that the queries int64 [R] are computed with, in the given order, bool [B|1, H|1, R, Nkv]."""
+        batch, heads, _, kv_blocks = self.blocks.shape
+        q_block = _block_of(self.q_sizes_BHT(), self.q_order, self.q_len, (batch, heads))[..., rows]
         kv_block = _block_of(self.kv_sizes_BHT(), self.kv_order, self.kv_len, (batch, heads))
-        index = q_block[..., :, None] * kv_blocks + kv_block[..., None, :]
-        flat = self.blocks.dense().view(batch, heads, q_blocks * kv_blocks)
-        return flat.gather(2, index.flatten(2)).view(batch, heads, self.q_len, self.kv_len)
+        seen = self.blocks.dense().gather(2, q_block[..., None].expand(batch, heads, len(rows), kv_blocks))
+        return seen.gather(3, kv_block[:, :, None].expand(batch, heads, len(rows), self.kv_len))
 
     def refine(self, size: int) -> Plan:
         """The same pairs at a smaller uniform block size, which must divide both of the plan's."""

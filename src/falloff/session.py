@@ -7,9 +7,9 @@ the method for a plan, runs it, or leaves the call to the model's own dense atte
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -20,6 +20,7 @@ from falloff.geometry import Grid, Sequence
 from falloff.kernels.masks import mask_fault, valid_keys
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.plan import Plan
+from falloff.reporting import Record, Report, Stopwatch
 from falloff.schedule import Schedule
 
 PLANS_KEPT = 8
@@ -63,139 +64,6 @@ class DenseBackend:
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 
 
-class Stopwatch:
-    """Seconds between start and stop on a device, read later so that nothing waits for the device meanwhile."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._start = self._mark()
-        self._stop: float | torch.cuda.Event | None = None
-
-    def stop(self) -> Stopwatch:
-        self._stop = self._mark()
-        return self
-
-    def seconds(self) -> float | None:
-        """``None`` while it runs. On a GPU this waits for the work that was timed."""
-        if self._stop is None:
-            return None
-        if isinstance(self._start, float) or isinstance(self._stop, float):
-            return float(self._stop) - float(self._start)  # type: ignore[arg-type]
-        self._stop.synchronize()
-        return float(self._start.elapsed_time(self._stop)) / 1000
-
-    def _mark(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What one self-attention call did. ``reason``: why it stayed dense, ``None`` when a plan computed it.
-
-    Seconds of attention are ``None`` unless timed; those of planning are the host's.
-    """
-
-    run: int
-    step: int | None
-    model: int
-    layer: int
-    branch: str | None
-    density: float
-    kernel: str
-    reason: str | None
-    plan_seconds: float
-    attention_seconds: float | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Report:
-    """What a method did in the last run. ``str()`` is for reading, ``to_dict()`` for JSON."""
-
-    method: Method
-    schedule: Schedule
-    calls: list[Record]
-    forward_seconds: float | None
-    """Of all root forwards; ``None`` unless timed."""
-    plan: Plan | None
-    """The last plan that was run."""
-    choice: str | None
-    """The kernel that ran it, why, and why not another."""
-
-    @property
-    def density(self) -> float:
-        """Mean over the calls that a plan computed; 1 without any."""
-        return _mean([call.density for call in self.calls if call.reason is None])
-
-    @property
-    def effective_density(self) -> float:
-        """Mean over all calls, dense ones as 1; 1 without any."""
-        return _mean([call.density for call in self.calls])
-
-    @property
-    def kernels(self) -> dict[str, int]:
-        """Calls by kernel; dense calls by the model's own backend."""
-        return dict(Counter(call.kernel for call in self.calls))
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Dense calls by reason."""
-        return dict(Counter(call.reason for call in self.calls if call.reason is not None))
-
-    @property
-    def plan_seconds(self) -> float:
-        return sum(call.plan_seconds for call in self.calls)
-
-    @property
-    def attention_seconds(self) -> float | None:
-        """Of all self-attention calls, planning left out; ``None`` unless timed."""
-        seconds = [call.attention_seconds for call in self.calls if call.attention_seconds is not None]
-        return sum(seconds) if seconds else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; of the plan its pairs alone."""
-        return {
-            "method": self.method.name,
-            "settings": self.method.settings(),
-            "schedule": asdict(self.schedule),
-            "density": self.density,
-            "effective_density": self.effective_density,
-            "kernels": self.kernels,
-            "reasons": self.reasons,
-            "plan_seconds": self.plan_seconds,
-            "attention_seconds": self.attention_seconds,
-            "forward_seconds": self.forward_seconds,
-            "choice": self.choice,
-            "calls": [asdict(call) for call in self.calls],
-        }
-
-    def __str__(self) -> str:
-        return "\n".join(f"{name:<18}{value}" for name, value in self._lines())
-
-    def _lines(self) -> list[tuple[str, str]]:
-        lines = [("method", f"{self.method.name} {_settings(self.method.settings())}".rstrip())]
-        lines.append(("schedule", _settings(asdict(self.schedule))))
-        if not self.calls:
-            return [*lines, ("calls", "none yet")]
-        dense = sum(self.reasons.values())
-        lines.append(("calls", f"{len(self.calls) - dense} sparse, {dense} dense"))
-        lines.append(("density", f"{self.density:.1%} of the pairs in sparse calls"))
-        lines.append(("effective density", f"{self.effective_density:.1%} with dense calls as 100%"))
-        lines.append(("kernels", _settings(self.kernels)))
-        lines += [("dense because", f"{reason}: {count} calls") for reason, count in self.reasons.items()]
-        lines.append(("planning", f"{self.plan_seconds:.3f} s"))
-        if self.attention_seconds is not None:
-            lines.append(("attention", f"{self.attention_seconds:.3f} s"))
-        if self.forward_seconds is not None:
-            lines.append(("forwards", f"{self.forward_seconds:.3f} s"))
-        if self.choice is not None:
-            lines.append(("kernel", self.choice.replace("\n", "\n" + " " * 18)))
-        return lines
-
-
 class Session:
     """A method with its schedule and kernel, at work in one or more models.
 
@@ -216,15 +84,19 @@ class Session:
         self._last_plan: Plan | None = None
         self._last_choice: kernels.Choice | None = None
         self._stays_dense: str | None = None
+        self._share = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """The same settings at work elsewhere: plans, state and statistics are not shared."""
         return Session(self.method, schedule=self.schedule, kernel=self.kernel, timing=self.timing)
 
-    def begin(self, position: Position, device: torch.device, stays_dense: str | None = None) -> None:
+    def begin(
+        self, position: Position, device: torch.device, stays_dense: str | None = None, *, share: int = 0
+    ) -> None:
         """A root forward starts; the first of a run forgets the run before.
 
-        ``stays_dense``: why all of this forward does, if it does.
+        ``stays_dense``: why all of this forward does, if it does. ``share``: which of the processes that share the
+        heads evenly this one is.
         """
         if position.run != self.position.run:
             self._states.clear()
@@ -233,6 +105,7 @@ class Session:
             self._last_plan = self._last_choice = None
         self.position = position
         self._stays_dense = stays_dense
+        self._share = share
         if self.timing:
             self._forwards.append(Stopwatch(device))
 
@@ -257,11 +130,10 @@ class Session:
 
         ``mask``: as for PyTorch's attention. A plan is made only where it is over keys alone, bool [B, 1, 1, S].
         """
-        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         started = time.perf_counter()
-        plan = self._decide(seat, grid, q, k, v, mask)
+        plan = self._decide(seat, grid, q_BSHD, k_BSHD, v_BSHD, mask)
         note: dict[str, Any] = {"plan_seconds": time.perf_counter() - started}
-        watch = Stopwatch(q.device) if self.timing else None
+        watch = Stopwatch(q_BSHD.device) if self.timing else None
         if isinstance(plan, Dense):
             out = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
             note.update(density=1.0, kernel=dense.name(), reason=plan.reason)
@@ -292,8 +164,7 @@ class Session:
             return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
         if not self.method.static:
             raise MethodError(f"{self.method.name} plans from queries and keys; train it in eager mode, not compiled")
-        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
-        plan = self._cached_plan(seat, _sequence(seat, grid, q.shape[2]), q, k, v)
+        plan = self._cached_plan(seat, _sequence(seat, grid, q_BSHD.shape[1]), q_BSHD, k_BSHD, v_BSHD)
         assert isinstance(plan, Plan)  # it was one when the call was first run
         return self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)[0]
 
@@ -333,38 +204,41 @@ class Session:
         return out.transpose(1, 2), choice
 
     def _decide(
-        self, seat: Seat, grid: Grid | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        self, seat: Seat, grid: Grid | None, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None
     ) -> Plan | Dense:
         if self._stays_dense is not None:
             return Dense(self._stays_dense)
         if grid is None:
             return Dense("grid unknown")
-        if k.shape[2] != q.shape[2]:
-            return Dense(f"{q.shape[2]} queries attend to {k.shape[2]} keys: no self-attention")
+        tokens, keys = q_BSHD.shape[1], k_BSHD.shape[1]
+        if keys != tokens:
+            return Dense(f"{tokens} queries attend to {keys} keys: no self-attention")
         if (fault := mask_fault(mask)) is not None:
             return Dense(fault)
-        text = q.shape[2] - grid.tokens
+        text = tokens - grid.tokens
         if text < 0 or (text > 0 and seat.text_side is None):
-            return Dense(f"{q.shape[2]} tokens do not fit the grid {grid} of {grid.tokens}")
+            return Dense(f"{tokens} tokens do not fit the grid {grid} of {grid.tokens}")
         where = self.position
         reason = self.schedule.reason(layer=seat.layer, step=where.step, steps=where.steps)
         if reason is not None:
             return Dense(reason)
-        sequence = _sequence(seat, grid, q.shape[2])
+        sequence = _sequence(seat, grid, tokens)
         if self.method.static:
-            return self._cached_plan(seat, sequence, q, k, v)
-        return self._plan(seat, sequence, q, k, v)
+            return self._cached_plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+        return self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
 
-    def _cached_plan(self, seat: Seat, sequence: Sequence, q: Tensor, k: Tensor, v: Tensor) -> Plan | Dense:
+    def _cached_plan(
+        self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
+    ) -> Plan | Dense:
         """One plan object for every layer, step and branch of a static method."""
-        key = (sequence, q.device)
+        key = (sequence, q_BSHD.device)
         if key not in self._plans:
             if len(self._plans) >= PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = self._plan(seat, sequence, q, k, v)
+            self._plans[key] = self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
         return self._plans[key]
 
-    def _plan(self, seat: Seat, sequence: Sequence, q: Tensor, k: Tensor, v: Tensor) -> Plan | Dense:
+    def _plan(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Plan | Dense:
         where = self.position
         call = Call(
             sequence=sequence,
@@ -373,13 +247,15 @@ class Session:
             step=where.step,
             steps=where.steps,
             branch=where.branch,
+            first_head=self._share * q_BSHD.shape[2],
         )
         state = self._states.setdefault((seat.model, seat.layer, where.branch), State())
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         try:
             plan = self.method.plan(call, q, k, v, state)
         except Exception as error:  # whatever a method raises, the user must learn at which call
             _fail(self.method, call, error)
-        return plan if isinstance(plan, Dense) else plan.to(q.device)
+        return plan if isinstance(plan, Dense) else plan.to(q_BSHD.device)
 
     def _note(self, seat: Seat, note: dict[str, Any], watch: Stopwatch | None) -> None:
         where = self.position
@@ -396,11 +272,3 @@ def _fail(method: Method, call: Call, error: Exception) -> NoReturn:
         f"{method.name} failed to plan layer {call.layer}, step {call.step}, branch {call.branch}, "
         f"{call.sequence.tokens} tokens on a grid of {call.sequence.grid}: {error}"
     ) from error
-
-
-def _settings(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _mean(densities: list[float]) -> float:
-    return sum(densities) / len(densities) if densities else 1.0

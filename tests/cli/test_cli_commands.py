@@ -69,6 +69,30 @@ def test_compare(falloff, checkpoint: Path, tmp_path: Path) -> None:
     assert values["fps"] == 8
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_recipe(falloff, checkpoint: Path, tmp_path: Path, layers: int) -> None:
+    from falloff import Radial, Recipe, Schedule
+
+    schedule = Schedule(dense_first=2, dense_layers=())
+    recipe = Recipe(model="WanTransformer3DModel", layers=layers, method=Radial(block=2), schedule=schedule)
+    recipe.save(tmp_path / "r.yaml")
+    generated = falloff(
+        "generate", "a fox", "--model", checkpoint, "--method", tmp_path / "r.yaml", "--output", tmp_path / "a.mp4"
+    )
+    methods = f"radial(block=4),{tmp_path / 'r.yaml'}"
+    out = tmp_path / "out"
+    compared = falloff("compare", "--prompt", "a fox", "--model", checkpoint, "--methods", methods, "--output", out)
+    if layers == 3:
+        for result in (generated, compared):
+            assert result.code == 1
+            assert "with 3 self-attention layers, this is WanTransformer3DModel with 2" in result.err
+        return
+    assert "dense first step: 8 calls" in generated.out
+    values = json.loads((out / "compare.json").read_text())
+    assert [method["label"] for method in values["methods"]] == ["radial block=4", "radial block=2"]
+    assert [method["schedule"]["dense_first"] for method in values["methods"]] == [0.25, 2]
+
+
 @pytest.mark.parametrize("command", ["generate", "compare"])
 def test_interrupt(falloff, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
@@ -155,6 +179,8 @@ def test_settings_of_method_and_schedule() -> None:
     assert chosen.schedule.dense_layers == (0, 2)
     assert (chosen.schedule.dense_first, chosen.schedule.dense_last) == (0.5, 1)
     assert choose("radial", ["block=64", "dense_layers="]).schedule.dense_layers == ()
+    assert choose("xattention", ["tau=0.9,0.8"]).method.settings()["tau"] == (0.9, 0.8)
+    assert choose("sta", ["tile=6,8,8", "window=3,1,3"]).method.settings() == {"tile": (6, 8, 8), "window": (3, 1, 3)}
 
 
 def test_settings_go_to_the_methods_that_have_them() -> None:
@@ -167,3 +193,4 @@ def test_settings_go_to_the_methods_that_have_them() -> None:
 def test_types_in_words() -> None:
     assert words(int | float) == "a whole number or a number"
     assert words(tuple[int, ...]) == "whole numbers with commas between"
+    assert words(tuple[float, ...]) == "numbers with commas between"

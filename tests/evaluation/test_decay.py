@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from falloff.evaluation.decay import DecayProbe, Profile, by_distance, fit, mean_attention
+from falloff.evaluation.decay import DecayObserver, Profile, by_distance, fit, mean_attention
+from falloff.evaluation.probe import Probe
 from falloff.geometry import Grid, Sequence
 from falloff.methods.base import Call, Dense, State
 
@@ -62,30 +63,31 @@ def test_profile_averages_pairs_of_all_layers() -> None:
 
 
 def test_probe_answers_dense_and_looks_at_its_steps_only() -> None:
-    probe = DecayProbe(steps=2, queries=16)
+    observer = DecayObserver(queries=16)
+    probe = Probe(observers=(observer,), steps=2)
     q, k, v = qkv()
     for step in range(8):
         for layer in range(2):
             call = Call(sequence=SEQUENCE, layer=layer, layers=2, step=step, steps=8)
             assert isinstance(probe.plan(call, q, k, v, State()), Dense)
-    curves = {curve.axis: curve for curve in probe.profile.curves()}
+    curves = {curve.axis: curve for curve in observer.profile.curves()}
     assert set(curves) == {"time", "raster", "space"}
-    assert float(probe.profile.counts["time", 1].sum()) == 2 * 16 * 3
+    assert float(observer.profile.counts["time", 1].sum()) == 2 * 16 * 3
     assert all(len(curve.layers) == 2 for curve in curves.values())
 
 
-def test_probe_is_seeded() -> None:
+def test_draws_are_seeded() -> None:
     q, k, v = qkv()
     means = []
     for seed in (0, 0, 1):
-        probe = DecayProbe(queries=4, seed=seed)
-        probe.plan(Call(sequence=SEQUENCE), q, k, v, State())
-        means.append(probe.profile.curves()[0].mean)
+        observer = DecayObserver(queries=4, seed=seed)
+        observer.see(Call(sequence=SEQUENCE), q, k, v, State())
+        means.append(observer.profile.curves()[0].mean)
     assert means[0] == means[1] != means[2]
-    assert DecayProbe(**probe.settings()) == probe
 
 
-@pytest.mark.parametrize("name", ["steps", "queries"])
-def test_probe_settings_are_checked(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} = 0 must be at least 1"):
-        DecayProbe(**{name: 0})
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="queries = 0 must be at least 1"):
+        DecayObserver(queries=0)
+    with pytest.raises(ValueError, match="steps = 0 must be at least 1"):
+        Probe(observers=(), steps=0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from falloff.evaluation import charts, figures, report, video
+from falloff.evaluation import charts, figures, pareto, report, video
 from falloff.evaluation.comparison import Comparison
 
 
@@ -105,3 +105,21 @@ def test_map_is_opaque_where_computed() -> None:
     uri = charts.block_map_png(np.array([[255, 0], [128, 255]], np.uint8))
     image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert np.asarray(image)[..., 3].tolist() == [[255, 0], [128, 255]]
+
+
+def test_pareto_front_keeps_what_none_beats() -> None:
+    points = [pareto.Point(name, x, y, y, y) for name, x, y in (("a", 50, 30), ("b", 40, 20), ("c", 60, 25))]
+    assert [point.label for point in pareto.front(points)] == ["b", "a"]
+    assert [point.label for point in pareto.front([*points, pareto.Point("d", 40, 31, 31, 31)])] == ["d"]
+
+
+def test_pareto_shows_every_method_that_differs(comparison: Comparison) -> None:
+    for plot in (pareto.by_density(comparison), pareto.by_time(comparison)):
+        assert plot.count("<circle") == 2
+        places = [tuple(map(float, place)) for place in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot)]
+        assert places[1][1] < places[0][1]  # the second is closer to dense, hence higher
+        assert all(pareto.LEFT <= x <= pareto.WIDTH and 0 <= y <= pareto.HEIGHT for x, y in places)
+    equal = dataclasses.replace(comparison.methods[0], psnr=[np.inf, np.inf])
+    only = dataclasses.replace(comparison, methods=[equal])
+    assert pareto.by_density(only) == ""
+    assert "equal the dense ones" in report.html(only)

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import falloff
-from falloff.session import Record
+from falloff.reporting import Record
 
 PIPELINES = {
     "t2v": tiny.t2v,

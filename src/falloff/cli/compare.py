@@ -25,7 +25,13 @@ def compare(
         typer.Option(help="What a video is to show; repeatable. The miniature has its own.", show_default=False),
     ] = [],  # noqa: B006 - typer reads the default and never writes to it
     model: options.Model = None,
-    methods: Annotated[str, typer.Option(help="Methods to compare with dense, commas between.")] = "radial",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods to compare with dense, commas between; with settings as in 'radial(decay=0.5)', or a "
+            "recipe's .yaml file."
+        ),
+    ] = "radial",
     set_: options.Settings = [],  # noqa: B006 - as above
     seeds: Annotated[str, typer.Option(help="Seeds for every prompt, commas between.")] = "0",
     frames: options.Frames = None,
@@ -42,7 +48,7 @@ def compare(
     prompts = prompt or list(PROMPTS)
     for text in prompts:
         options.check_prompt(text)
-    chosen = settings.choose_all(_list(methods, "--methods"), set_)
+    chosen = settings.choose_all(_list(settings.parts(methods), methods, "--methods"), set_)
     numbers = _seeds(seeds)
     options.check_kernel(kernel)
     options.check_folder(output)
@@ -82,15 +88,14 @@ def compare(
     console.print(f"Open {page} to see the videos side by side.", highlight=False, soft_wrap=True)
 
 
-def _list(text: str, option: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
+def _list(parts: list[str], text: str, option: str) -> list[str]:
     if not all(parts):
         raise CommandError(f"{option} {text!r} must be names with commas between", USAGE)
     return parts
 
 
 def _seeds(text: str) -> list[int]:
-    parts = _list(text, "--seeds")
+    parts = _list(settings.parts(text), text, "--seeds")
     if not all(part.isdecimal() for part in parts):
         raise CommandError(f"--seeds {text!r} must be whole numbers of at least 0 with commas between", USAGE)
     return [int(part) for part in parts]

@@ -18,7 +18,9 @@ METHOD = "radial"
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video is to show.", show_default=False)] = None,
     model: options.Model = None,
-    method: Annotated[str, typer.Option(help="How attention is computed; 'falloff methods' lists them.")] = METHOD,
+    method: Annotated[
+        str, typer.Option(help="How attention is computed, one of 'falloff methods', or a recipe's .yaml file.")
+    ] = METHOD,
     set_: options.Settings = [],  # noqa: B006 - typer reads the default and never writes to it
     frames: options.Frames = None,
     height: options.Height = None,

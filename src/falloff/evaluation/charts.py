@@ -23,8 +23,8 @@ def decay_plot(curve: DecayCurve) -> str:
     low, high = math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown)))
     scale = _Scale(max(curve.distance) or 1, low, max(high, low + 1))
     parts = [
-        *(_y_tick(scale, decade) for decade in range(scale.low, scale.high + 1)),
-        *(_x_tick(scale, x) for x in _ticks(scale.reach)),
+        *(y_tick(scale.y(10.0**decade), _power(decade)) for decade in range(scale.low, scale.high + 1)),
+        *(x_tick(scale.x(x), str(x)) for x in _ticks(scale.reach)),
         *(_line(scale, curve.distance, layer, "layer") for layer in curve.layers),
         _line(scale, [0, scale.reach], [curve.uniform] * 2, "uniform"),
         *([_line(scale, *_fitted(curve), "fit")] if curve.fit else []),
@@ -33,14 +33,36 @@ def decay_plot(curve: DecayCurve) -> str:
             for x, y in zip(curve.distance, curve.mean, strict=True)
             if y > 0
         ),
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}">{escape(AXES[curve.axis])}</text>',
-        f'<text class="axis" transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">mean attention</text>',
+        *axes(AXES[curve.axis], "mean attention"),
     ]
-    label = f"Mean attention against {AXES[curve.axis]}. {fit_words(curve)}"
+    return plot(parts, f"Mean attention against {AXES[curve.axis]}. {fit_words(curve)}")
+
+
+def plot(parts: list[str], label: str) -> str:
+    """An SVG element of the drawing's size."""
+    words = escape(label, quote=True)
+    return f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{words}">{"".join(parts)}</svg>'
+
+
+def axes(across: str, up: str) -> list[str]:
+    """What the two axes show."""
+    return [
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}">{escape(across)}</text>',
+        f'<text class="axis" transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">{escape(up)}</text>',
+    ]
+
+
+def y_tick(y: float, text: str) -> str:
+    """A line across the drawing, named at its left end."""
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="tick end" x="{LEFT - 7}" y="{y + 4:.1f}">{text}</text>'
     )
+
+
+def x_tick(x: float, text: str) -> str:
+    """A number below the drawing."""
+    return f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}">{text}</text>'
 
 
 def fit_words(curve: DecayCurve) -> str:
@@ -89,18 +111,6 @@ def _fitted(curve: DecayCurve) -> tuple[list[float], list[float]]:
 def _line(scale: _Scale, distances: list[float] | list[int], values: list[float], kind: str) -> str:
     points = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in zip(distances, values, strict=True) if y > 0)
     return f'<polyline class="{kind}" points="{points}"/>'
-
-
-def _y_tick(scale: _Scale, decade: int) -> str:
-    y = scale.y(10.0**decade)
-    return (
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick end" x="{LEFT - 7}" y="{y + 4:.1f}">{_power(decade)}</text>'
-    )
-
-
-def _x_tick(scale: _Scale, distance: int) -> str:
-    return f'<text class="tick" x="{scale.x(distance):.1f}" y="{HEIGHT - BOTTOM + 18}">{distance}</text>'
 
 
 def _ticks(reach: int) -> list[int]:

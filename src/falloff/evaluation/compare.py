@@ -18,14 +18,17 @@ from torch import Tensor
 from falloff import api
 from falloff.evaluation import machine
 from falloff.evaluation.comparison import Arm, Comparison, MethodArm, Pair
-from falloff.evaluation.decay import DecayProbe
+from falloff.evaluation.decay import DecayObserver
 from falloff.evaluation.generate import Generation, check_arguments, generate, steps
 from falloff.evaluation.metrics import psnr, ssim
+from falloff.evaluation.probe import Probe
+from falloff.evaluation.recall import RecallObserver, Recalls
 from falloff.evaluation.video import encode
 from falloff.methods import get
 from falloff.methods.base import Method
+from falloff.recipe import Recipe
+from falloff.reporting import Report
 from falloff.schedule import Schedule
-from falloff.session import Report
 
 WARM_UP_STEPS = 2
 NO_DENSE = Schedule(dense_first=0, dense_last=0, dense_layers=())
@@ -72,7 +75,7 @@ class _Outcome:
 def compare(
     pipe: Any,
     prompts: str | Iterable[str],
-    methods: str | Method | Iterable[str | Method],
+    methods: str | Method | Recipe | Iterable[str | Method | Recipe],
     *,
     seeds: Iterable[int] = (0,),
     schedule: Schedule | Sequence[Schedule] | None = None,
@@ -85,24 +88,30 @@ def compare(
 
     Each pair of prompt and seed is run plainly dense (the time of reference), by each method, and dense once more
     with a probe on its attention: the two dense videos give the noise floor, the probe attention's share of the
-    time and its decay with distance. The order rotates from pair to pair, so that a machine that warms up or slows
-    down favours none; short runs of each come first and are not counted. ``schedule``, one for all
-    methods or one for each, stands in for their own. ``call_arguments`` go to the pipeline as they are.
+    time, its decay with distance, and how much of it each method's plans keep. The order rotates from pair to pair,
+    so that a machine that warms up or slows down favours none; short runs of each come first and are not counted.
+    ``schedule``, one for all methods or one for each, stands in for their own. ``call_arguments`` go to the pipeline
+    as they are.
 
     The pipeline is left as it was, also on an error or an interrupt. Raises ``ValueError`` for no prompts, methods
-    or seeds, for unknown methods and for a pipeline with a method attached, ``TypeError`` for arguments that the
-    pipeline does not take, and ``UnsupportedModelError`` for models of no known family.
+    or seeds, for unknown methods, for another model's recipe and for a pipeline with a method attached,
+    ``TypeError`` for arguments that the pipeline does not take, and ``UnsupportedModelError`` for models of no known
+    family.
     """
     pairs = [Pair(prompt, seed) for prompt, seed in product(_several(prompts), seeds)]
-    chosen = [get(method) if isinstance(method, str) else method for method in _several(methods)]
+    given = _several(methods)
+    chosen = [_method(each) for each in given]
     if not pairs or not chosen or not all(pair.prompt.strip() for pair in pairs):
         raise ValueError("a comparison needs at least one prompt that is not empty, one method and one seed")
     check_arguments(pipe, call_arguments)
     _check_plain(pipe)
-    probe = DecayProbe()
+    decay, recall = DecayObserver(), RecallObserver(methods=tuple(chosen))
+    for each in given:
+        if isinstance(each, Recipe):
+            api.check_recipe(pipe, each)
     schedules = [schedule] * len(chosen) if isinstance(schedule, Schedule | None) else list(schedule)
-    sparse = [_Way(*way, kernel) for way in zip(_labels(chosen), chosen, schedules, strict=True)]
-    ways = [_Way("dense", None), *sparse, _Way("dense again", probe)]
+    sparse = [_way(*way, kernel) for way in zip(_labels(chosen), given, schedules, strict=True)]
+    ways = [_Way("dense", None), *sparse, _Way("dense again", Probe(observers=(decay, recall)))]
 
     told = _Told(
         progress, total=(len(ways) * len(pairs) * steps(pipe, call_arguments)) + len(ways[:-1]) * WARM_UP_STEPS
@@ -122,11 +131,25 @@ def compare(
         call_arguments=dict(call_arguments),
         fps=fps,
         dense=_dense_arm(dense, others[-1]),
-        methods=[_method_arm(way, column) for way, column in zip(sparse, others[:-1], strict=True)],
-        decay=probe.profile.curves(),
+        methods=[_method_arm(*arm) for arm in zip(sparse, others[:-1], recall.found, strict=True)],
+        decay=decay.profile.curves(),
         machine=machine.describe(torch.device(pipe._execution_device)),
         versions=machine.versions(),
     )
+
+
+def _method(given: str | Method | Recipe) -> Method:
+    if isinstance(given, Recipe):
+        return given.method
+    return get(given) if isinstance(given, str) else given
+
+
+def _way(label: str, given: str | Method | Recipe, schedule: Schedule | None, kernel: str) -> _Way:
+    """A recipe has a schedule and a kernel of its own, which the caller's stand in for."""
+    if isinstance(given, Recipe):
+        schedule = schedule or given.schedule
+        kernel = given.kernel if kernel == "auto" else kernel
+    return _Way(label, _method(given), schedule, kernel)
 
 
 class _Told:
@@ -188,7 +211,7 @@ def _dense_arm(outcomes: list[_Outcome], probed: list[_Outcome]) -> Arm:
     return Arm(**_shared("dense", outcomes), **_times(probed))
 
 
-def _method_arm(way: _Way, outcomes: list[_Outcome]) -> MethodArm:
+def _method_arm(way: _Way, outcomes: list[_Outcome], recalls: Recalls) -> MethodArm:
     assert way.method is not None
     reports = _reports(outcomes)
     plan = reports[-1].plan
@@ -201,6 +224,8 @@ def _method_arm(way: _Way, outcomes: list[_Outcome]) -> MethodArm:
         schedule=dataclasses.asdict(reports[-1].schedule),
         density=fmean(call.density for call in sparse) if sparse else None,
         effective_density=fmean(report.effective_density for report in reports),
+        recall=recalls.mean(),
+        recall_by_layer=recalls.by_layer(),
         plan_seconds=fmean(report.plan_seconds for report in reports),
         kernel=str(reports[-1].choice or ""),
         kernels=dict(Counter(call.kernel for call in sparse)),
@@ -278,4 +303,4 @@ def _command(
 
 
 def _several(one_or_more: Any) -> list[Any]:
-    return [one_or_more] if isinstance(one_or_more, str | Method) else list(one_or_more)
+    return [one_or_more] if isinstance(one_or_more, str | Method | Recipe) else list(one_or_more)

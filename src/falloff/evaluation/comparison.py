@@ -57,6 +57,9 @@ class MethodArm(Arm):
     """Of the sparse calls; text included. ``None`` when every call was dense."""
     effective_density: float
     """Of all calls, the dense ones counted as 1."""
+    recall: float | None
+    """Share of dense attention on the pairs that the method's plans keep; ``None`` where it plans nothing."""
+    recall_by_layer: dict[int, float]
     plan_seconds: float
     """Mean of a run."""
     kernel: str

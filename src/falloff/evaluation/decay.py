@@ -8,16 +8,15 @@ probe samples query rows while a dense run goes on, and changes nothing in it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from falloff.evaluation.probe import draw
 from falloff.geometry import Sequence
-from falloff.methods.base import Call, Dense, Method, State
-from falloff.schedule import Schedule
+from falloff.methods.base import Call, State
 
 Floats = NDArray[np.float64]
 AXES = {
@@ -87,47 +86,25 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecayProbe(Method):
-    """Answers every call with ``Dense`` and, at some steps, notes where attention goes.
+class DecayObserver:
+    """Notes where attention goes, for a ``Probe``.
 
-    steps: how many steps, spread evenly over the run, are looked at.
-    queries: query tokens drawn a call, from the grid's tokens.
-    seed: of the draw.
+    queries: query tokens drawn a call, from the grid's tokens. seed: of the draw.
 
     Scores are q k^T / sqrt(head_dim), as diffusers' self-attention has them; every head counts alike.
     """
 
-    name: ClassVar[str] = "decay probe"
-    schedule: ClassVar[Schedule] = Schedule(dense_first=0, dense_last=0, dense_layers=())
-
-    steps: int = 3
     queries: int = 32
     seed: int = 0
     profile: Profile = field(default_factory=Profile, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "queries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.queries < 1:
+            raise ValueError(f"queries = {self.queries} must be at least 1")
 
-    def settings(self) -> dict[str, Any]:
-        return {"steps": self.steps, "queries": self.queries, "seed": self.seed}
-
-    def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Dense:
-        if self._looks_at(call):
-            self._measure(call, q_BHND, k_BHND)
-        return Dense("decay probe")
-
-    def _looks_at(self, call: Call) -> bool:
-        if call.step is None or call.steps is None:
-            return True
-        return call.step in {int((i + 0.5) * call.steps / self.steps) for i in range(self.steps)}
-
-    @torch.no_grad()
-    def _measure(self, call: Call, q_BHND: Tensor, k_BHND: Tensor) -> None:
+    def see(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> None:
         grid, start = call.sequence.grid, call.sequence.video_start
-        draw = torch.Generator().manual_seed(hash((self.seed, call.layer, call.step or 0)) & 0x7FFFFFFF)
-        query_R = torch.randint(grid.tokens, (self.queries,), generator=draw).to(q_BHND.device)
+        query_R = draw(self.queries, grid.tokens, call, self.seed).to(q_BHND.device)
         rows_RN = mean_attention(q_BHND[:, :, start + query_R], k_BHND)
         video_RFS = rows_RN[:, start : start + grid.tokens].reshape(-1, grid.frames, grid.frame_tokens)
         self.profile.tokens = call.sequence.tokens

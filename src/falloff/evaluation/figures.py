@@ -63,6 +63,12 @@ def rows(comparison: Comparison) -> list[Row]:
             "The same over all calls, those that stayed dense counted as 100%.",
         ),
         Row(
+            "attention kept",
+            ["100%", *(percent(arm.recall) for arm in methods)],
+            "Share of the dense run's own attention that lies on the pairs which a method's plans keep, every layer "
+            "planned; mean over sampled queries at three steps.",
+        ),
+        Row(
             "PSNR against dense",
             [f"floor: {decibels(dense.psnr)}", *(decibels(arm.psnr) for arm in methods)],
             "Closeness to the dense video of the same seed, mean and standard deviation over pairs; higher is "

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from string import Template
 
-from falloff.evaluation import figures, files
+from falloff.evaluation import figures, files, pareto
 from falloff.evaluation.charts import block_map_png, data_uri, decay_plot, fit_words
 from falloff.evaluation.comparison import Arm, Comparison, MethodArm
 from falloff.evaluation.video import encode, read, shrink
@@ -54,6 +54,7 @@ def html(comparison: Comparison) -> str:
         "subtitle": _subtitle(comparison),
         "headlines": "".join(_headline(comparison, arm) for arm in comparison.methods),
         "videos": _videos(comparison),
+        "pareto": _pareto(comparison),
         "figures": _figures(comparison),
         "meanings": _definitions({row.name: row.meaning for row in figures.rows(comparison)}),
         "maps": _maps(comparison),
@@ -142,6 +143,18 @@ def _figures(comparison: Comparison) -> str:
         for row in figures.rows(comparison)
     )
     return f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _pareto(comparison: Comparison) -> str:
+    drawn = [plot for plot in (pareto.by_density(comparison), pareto.by_time(comparison)) if plot]
+    if not drawn:
+        return "<p>Every method's videos equal the dense ones.</p>"
+    plots = "".join(f'<figure class="card">{plot}</figure>' for plot in drawn)
+    return (
+        "<p>Up and left is better: closer to the dense video, for less. The line joins methods that none other beats "
+        "in both; bars reach from the worst pair of prompt and seed to the best.</p>"
+        f'<div class="plots">{plots}</div><dl class="meanings">{_definitions(pareto.key(comparison))}</dl>'
+    )
 
 
 def _maps(comparison: Comparison) -> str:

@@ -49,9 +49,22 @@ class Host:
     """Class names of the family that cannot be served, and why."""
 
     def attention_paths(self, model: nn.Module) -> list[str]:
-        """Paths of the self-attention modules in the order of the layers."""
+        """Paths of the self-attention modules in the order of the layers.
+
+        Raises ``UnsupportedModelError`` when a block shows none, as one does that was traced or replaced whole.
+        """
         paths = [path for path, _ in model.named_modules()]
-        return [path for pattern in self.self_attention for path in paths if _matches(path, pattern)]
+        found = [[path for path in paths if _matches(path, pattern)] for pattern in self.self_attention]
+        for pattern, seen in zip(self.self_attention, found, strict=True):
+            blocks, _, inside = pattern.partition(".*.")
+            count = len(model.get_submodule(blocks)) if blocks in paths else 0  # type: ignore[arg-type]  # a list
+            if len(seen) != count:
+                raise UnsupportedModelError(
+                    f"{count - len(seen)} of {count} {blocks} of this {type(model).__name__} hide their self-attention "
+                    f"({inside}), as traced or replaced blocks do; call falloff.enable on the model as it was loaded "
+                    "and convert it afterwards, or compile it with torch.compile, which hides nothing"
+                )
+        return [path for seen in found for path in seen]
 
 
 def hosts() -> tuple[Host, ...]:
@@ -112,6 +125,6 @@ def latent_grid(patch: Callable[[Any], Size], axes: Size = (2, 3, 4)) -> Callabl
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Glob by path component: ``*`` never crosses a dot."""
-    parts, wanted = path.split("."), pattern.split(".")
+    """Glob by path component: ``*`` never crosses a dot, and what ``torch.compile`` wraps is where it was."""
+    parts, wanted = [part for part in path.split(".") if part != "_orig_mod"], pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

@@ -21,7 +21,7 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, HookRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
-from falloff.hosts import Host, UnsupportedModelError, op, processors
+from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
 from falloff.hosts.where import Watch
 from falloff.session import DenseBackend, Seat, Session
 
@@ -57,19 +57,22 @@ def _route(
     _parallel_config: Any | None = None,
 ) -> Tensor:
     """Attention of a marked processor, [B, S, H, D]. A compiler traces this function, so it decides nothing."""
-    if dropout_p or is_causal or enable_gqa or _parallel_config is not None:
-        raise NotImplementedError(
-            "falloff serves plain self-attention: no dropout, causal mask, grouped queries or context parallelism"
-        )
+    if dropout_p or is_causal or enable_gqa:
+        raise NotImplementedError("falloff serves plain self-attention: no dropout, causal mask or grouped queries")
     mask = attn_mask[:, :, :1] if _here.square_mask and attn_mask is not None else attn_mask
-    return op.attend(query, key, value, mask, _here.slot, _here.grid, scale)
+    if _parallel_config is None:
+        return op.attend(query, key, value, mask, _here.slot, _here.layout, scale)
+    config = _parallel_config.context_parallel_config
+    query, key, value = (parallel.all_tokens(x, config) for x in (query, key, value))
+    mask = parallel.whole_mask(mask, config)
+    return parallel.own_tokens(op.attend(query, key, value, mask, _here.slot, _here.layout, scale), config)
 
 
-_AttentionBackendRegistry.register(KEY)(_route)
+_AttentionBackendRegistry.register(KEY, supports_context_parallel=True)(_route)
 
 
 class Scene:
-    """What traced code knows of an attached model: the grid of the last forward to start, int64 [3] on the CPU.
+    """What traced code knows of an attached model: the layout (see ``op.layout_of``) of the last forward to start.
 
     It stays after the forward, because gradient checkpointing runs layers again during the backward.
     ``square_mask``: see ``Host``.
@@ -77,7 +80,7 @@ class Scene:
 
     def __init__(self, square_mask: bool) -> None:
         self.square_mask = square_mask
-        self.grid = torch.zeros(3, dtype=torch.int64, device="cpu")
+        self.layout = op.layout_of(None)
 
 
 class Listener(ModelHook):  # type: ignore[misc]  # diffusers has no types
@@ -159,9 +162,10 @@ class Attachment:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         grid = self.host.grid(given, self.model.config)
         reason = grid if isinstance(grid, str) else None
-        self.scene.grid = torch.tensor((0, 0, 0) if isinstance(grid, str) else grid, device="cpu")
+        count, share = parallel.shares(_parallelism(self.model, self.host, self.marks[0].processor))
+        self.scene.layout = op.layout_of(None if isinstance(grid, str) else grid, count)
         position = self.watch.look(self.listener.context, given["timestep"])
-        self.session.begin(position, given["hidden_states"].device, reason)
+        self.session.begin(position, given["hidden_states"].device, reason, share=share)
 
 
 def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session, pipe: Any | None) -> None:
@@ -203,7 +207,8 @@ def _attach(attachment: Attachment) -> None:
     model._falloff = attachment  # type: ignore[assignment]  # modules say tensors or modules
     for layer, path in enumerate(paths):
         attn = model.get_submodule(path)
-        _check_processor(path, attn.processor)
+        _check_processor(path, attn)
+        _parallelism(model, host, attn.processor)
         seat = Seat(model=attachment.number, layer=layer, layers=len(paths), text_side=host.text_side)
         attachment.marks.append(_mark(path, attn, seat, attachment, shared=users[id(attn.processor)] > 1))
     attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
@@ -217,14 +222,32 @@ def _check_config(model: nn.Module, host: Host) -> None:
         raise UnsupportedModelError(f"falloff cannot serve this {type(model).__name__}: {reason}")
 
 
-def _check_processor(path: str, processor: Any) -> None:
+def _parallelism(model: nn.Module, host: Host, processor: Any) -> Any | None:
+    """The context parallelism of a model. Raises ``UnsupportedModelError`` for one that cannot be served."""
+    config = parallel.config_of(model, processor)
+    if config is None:
+        return None
+    dispatched = type(processor) not in processors.SUBSTITUTES and not isinstance(processor, processors.OURS)
+    reason = parallel.fault(config, dispatched=dispatched, square_mask=host.square_mask)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"falloff cannot serve this {type(model).__name__} under context parallelism: {reason}"
+        )
+    return config
+
+
+def _check_processor(path: str, attn: Any) -> None:
+    if not hasattr(attn, "processor"):
+        raise UnsupportedModelError(
+            f"{path} is a {type(attn).__name__} without a processor, so that falloff cannot reach its attention; call "
+            "falloff.enable on the model as it was loaded"
+        )
+    processor = attn.processor
     if type(processor) not in processors.SUBSTITUTES and not hasattr(processor, "_attention_backend"):
         raise UnsupportedModelError(
             f"{path} has the processor {type(processor).__name__}, which does not go through diffusers' attention "
             "dispatcher; falloff.enable needs the model's own processors"
         )
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise UnsupportedModelError(f"{path} runs context parallel, which falloff does not serve yet")
 
 
 def _mark(path: str, attn: Any, seat: Seat, attachment: Attachment, *, shared: bool) -> Mark:
@@ -324,7 +347,7 @@ def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> None:
 
 def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
     _here.slot = attn._falloff_slot
-    _here.grid = attn._falloff_scene.grid
+    _here.layout = attn._falloff_scene.layout
     _here.square_mask = attn._falloff_scene.square_mask
 
 

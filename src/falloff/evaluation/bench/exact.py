@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from falloff.geometry import inverse
 from falloff.plan import Plan
 
 SAMPLED = 64
@@ -34,7 +33,7 @@ class Sample:
 def sample(plan: Plan, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, d_out_BHND: Tensor | None = None) -> Sample:
     """Evenly spaced queries of a call with batch size 1, head by head, so that memory stays small."""
     rows = torch.linspace(0, plan.q_len - 1, min(SAMPLED, plan.q_len), device=q_BHND.device).long()
-    kept_HRN = kept(plan, rows)
+    kept_HRN = plan.keys_seen(rows)[0]
     outs: list[Tensor] = []
     grads: list[Tensor] = []
     for head in range(q_BHND.shape[1]):
@@ -46,23 +45,6 @@ def sample(plan: Plan, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, d_out_BHN
         if d_out_BHND is not None:
             grads += torch.autograd.grad(out, q, d_out_BHND[0, head, rows].float())
     return Sample(rows, torch.stack(outs), torch.stack(grads) if grads else None)
-
-
-def kept(plan: Plan, rows: Tensor) -> Tensor:
-    """Keys that the queries in ``rows`` see, in the given order, bool [H|1, rows, Nkv].
-
-    For uniform blocks and orders shared by all heads, such as static methods make.
-    """
-    q_block = _blocks_of(plan.q_len, plan.q_sizes, plan.q_order, rows.device)[rows]
-    kv_block = _blocks_of(plan.kv_len, plan.kv_sizes, plan.kv_order, rows.device)
-    return plan.blocks.dense()[0][:, q_block][:, :, kv_block]
-
-
-def _blocks_of(length: int, sizes: int | Tensor, order: Tensor | None, device: torch.device) -> Tensor:
-    """The block of every token in the given order, int64 [N]."""
-    assert isinstance(sizes, int), "maps to measure are uniform"
-    position = torch.arange(length, device=device) if order is None else inverse(order)
-    return torch.div(position, sizes, rounding_mode="floor")
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from falloff.session import Stopwatch
+from falloff.reporting import Stopwatch
 
 COLD_BYTES = 64 << 20
 """Written before every timed call where the size of the last cache is unknown: more than most of them hold."""
