@@ -11,9 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from falloff.api import attention, disable, enable, plan_for, report, using
     from falloff.evaluation.compare import compare
+    from falloff.evaluation.tune import Goal, tune
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import Full, Method, Radial
+    from falloff.methods import (
+        PBS,
+        SVG1,
+        SVG2,
+        VSA,
+        AdaSpa,
+        Anchor,
+        Full,
+        Hyper,
+        Method,
+        Radial,
+        Router,
+        SlidingTile,
+        SpargeAttn,
+        XAttention,
+    )
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.recipe import Recipe, RecipeError
@@ -21,18 +37,30 @@ if TYPE_CHECKING:
     from falloff.schedule import Schedule
 
 __all__ = [
+    "PBS",
     "PRESETS",
+    "SVG1",
+    "SVG2",
+    "VSA",
+    "AdaSpa",
+    "Anchor",
     "BlockMap",
     "Full",
+    "Goal",
     "Grid",
+    "Hyper",
     "Method",
     "Plan",
     "Radial",
     "Recipe",
     "RecipeError",
     "Report",
+    "Router",
     "Schedule",
     "Sequence",
+    "SlidingTile",
+    "SpargeAttn",
+    "XAttention",
     "attention",
     "compare",
     "disable",
@@ -41,15 +69,32 @@ __all__ = [
     "preset",
     "report",
     "sdpa",
+    "tune",
     "using",
 ]
 
 _HOME = {
     "falloff.api": ("attention", "disable", "enable", "plan_for", "report", "using"),
     "falloff.evaluation.compare": ("compare",),
+    "falloff.evaluation.tune": ("Goal", "tune"),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.sdpa": ("sdpa",),
-    "falloff.methods": ("Full", "Method", "Radial"),
+    "falloff.methods": (
+        "AdaSpa",
+        "Anchor",
+        "Full",
+        "Hyper",
+        "Method",
+        "PBS",
+        "Radial",
+        "Router",
+        "SVG1",
+        "SVG2",
+        "SlidingTile",
+        "SpargeAttn",
+        "VSA",
+        "XAttention",
+    ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),
     "falloff.recipe": ("Recipe", "RecipeError"),

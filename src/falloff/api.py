@@ -118,13 +118,13 @@ def report(pipe: Any) -> Report:
 
 def check_recipe(pipe: Any, recipe: Recipe) -> None:
     """Raise ``RecipeError`` unless a recipe is for the transformers of a pipeline."""
-    for model in _models(pipe):
-        recipe.check(*identity(model))
+    for model, layers in identities(pipe):
+        recipe.check(model, layers)
 
 
-def identity(model: nn.Module) -> tuple[str, int]:
-    """A transformer's class name and its number of self-attention layers: what a recipe is for."""
-    return type(model).__name__, len(host_for(model).attention_paths(model))
+def identities(pipe: Any) -> list[tuple[str, int]]:
+    """Class name and number of self-attention layers of each transformer: what a recipe is for."""
+    return [(type(model).__name__, len(host_for(model).attention_paths(model))) for model in _models(pipe)]
 
 
 def attention(

@@ -179,6 +179,8 @@ def test_settings_of_method_and_schedule() -> None:
     assert chosen.schedule.dense_layers == (0, 2)
     assert (chosen.schedule.dense_first, chosen.schedule.dense_last) == (0.5, 1)
     assert choose("radial", ["block=64", "dense_layers="]).schedule.dense_layers == ()
+    assert choose("xattention", ["tau=0.9,0.8"]).method.settings()["tau"] == (0.9, 0.8)
+    assert choose("sta", ["tile=6,8,8", "window=3,1,3"]).method.settings() == {"tile": (6, 8, 8), "window": (3, 1, 3)}
 
 
 def test_settings_go_to_the_methods_that_have_them() -> None:
@@ -191,3 +193,4 @@ def test_settings_go_to_the_methods_that_have_them() -> None:
 def test_types_in_words() -> None:
     assert words(int | float) == "a whole number or a number"
     assert words(tuple[int, ...]) == "whole numbers with commas between"
+    assert words(tuple[float, ...]) == "numbers with commas between"

@@ -31,8 +31,8 @@ def test_every_preset_has_evidence_and_round_trips() -> None:
 def test_unknown_names_list_the_known() -> None:
     with pytest.raises(ValueError, match=r"unknown preset 'wan9'; choose one of radial/wan2\.1-14b"):
         preset("wan9")
-    with pytest.raises(ValueError, match="unknown method 'radail'; choose one of dense, radial"):
+    with pytest.raises(ValueError, match=r"unknown method 'radail'; choose one of .*dense, .*radial"):
         get("radail")
     with pytest.raises(ValueError, match="radial has no setting 'decoy'; it has decay, block"):
         get("radial", decoy=1)
-    assert set(METHODS) == {"dense", "radial"}
+    assert all(method.name == name for name, method in METHODS.items())

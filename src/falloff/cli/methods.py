@@ -45,7 +45,8 @@ def _show(method: type[Method]) -> None:
         typer.echo("\nPresets")
     for name, preset in presets.items():
         typer.echo(f"  {name}")
-        typer.echo(f"    {_words(_changed(preset.method))}; {_words(dataclasses.asdict(preset.schedule))}")
+        changed = _words(_changed(preset.method)) or "the defaults"
+        typer.echo(f"    {changed}; {_words(dataclasses.asdict(preset.schedule))}")
         typer.echo(f"    {preset.evidence}")
 
 

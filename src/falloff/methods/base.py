@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -41,9 +41,29 @@ class Dense:
 
 @dataclass
 class State:
-    """What a method keeps between its calls for one (session, layer, branch); emptied when a run starts."""
+    """What a method keeps between its calls; emptied when a run starts.
+
+    values: for one (session, layer, branch). shared: for all calls of the session.
+    """
 
     values: dict[Hashable, Any] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A setting worth trying anywhere from ``low`` to ``high``; whole numbers where both are. ``log``: by ratio."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A setting worth trying at these values."""
+
+    values: tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +78,8 @@ class Method(ABC):
     """Plans between frames alone, so that it has nothing to leave out of an image."""
     schedule: ClassVar[Schedule] = Schedule()
     """What stays dense unless the user says otherwise."""
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {}
+    """Settings that trade fidelity for time, and where to look for good ones."""
 
     @abstractmethod
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:

@@ -72,7 +72,7 @@ def test_random_maps_have_their_density_and_diagonal() -> None:
         ("random:much", None, "must be a number"),
         ("random:1.5", None, "outside"),
         ("random:0.001", None, "diagonal alone"),
-        ("radiul", None, "choose one of dense, radial"),
+        ("radiul", None, "choose one of .*dense, .*radial"),
         ("dense", None, "keeps attention dense"),
         ("dense", 64, "takes no block size"),
     ],
