@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from falloff.evaluation.compare import compare
     from falloff.evaluation.tune import Goal, tune
     from falloff.geometry import Grid, Sequence
+    from falloff.hosts.backend import register_diffusers_backend
     from falloff.hosts.sdpa import sdpa
     from falloff.methods import (
         PBS,
@@ -67,6 +68,7 @@ __all__ = [
     "enable",
     "plan_for",
     "preset",
+    "register_diffusers_backend",
     "report",
     "sdpa",
     "tune",
@@ -78,6 +80,7 @@ _HOME = {
     "falloff.evaluation.compare": ("compare",),
     "falloff.evaluation.tune": ("Goal", "tune"),
     "falloff.geometry": ("Grid", "Sequence"),
+    "falloff.hosts.backend": ("register_diffusers_backend",),
     "falloff.hosts.sdpa": ("sdpa",),
     "falloff.methods": (
         "AdaSpa",
