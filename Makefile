@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint figures models clean
+.PHONY: demo test lint matrix figures models clean
 
 demo: $(VENV)/.ready
 	$(BIN)/falloff compare --output outputs/demo
@@ -12,12 +12,16 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.ready
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks integrations
+	$(BIN)/ruff format --check src tests benchmarks integrations
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/figures.py --check
 	$(BIN)/python benchmarks/models.py --check
+
+# Tests of the seam with diffusers under every supported version, in environments of their own. Takes long.
+matrix: $(VENV)/.ready
+	$(BIN)/python tests/matrix/run.py
 
 # Rewrites the tables of README.md from the committed results in benchmarks/results.
 figures: $(VENV)/.ready
@@ -35,4 +39,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .matrix outputs

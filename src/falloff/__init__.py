@@ -15,7 +15,22 @@ if TYPE_CHECKING:
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.backend import register_diffusers_backend
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import PBS, VSA, Anchor, Full, Hyper, Method, Radial, SlidingTile, SpargeAttn, XAttention
+    from falloff.methods import (
+        PBS,
+        SVG1,
+        SVG2,
+        VSA,
+        AdaSpa,
+        Anchor,
+        Full,
+        Hyper,
+        Method,
+        Radial,
+        Router,
+        SlidingTile,
+        SpargeAttn,
+        XAttention,
+    )
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.recipe import Recipe, RecipeError
@@ -25,7 +40,10 @@ if TYPE_CHECKING:
 __all__ = [
     "PBS",
     "PRESETS",
+    "SVG1",
+    "SVG2",
     "VSA",
+    "AdaSpa",
     "Anchor",
     "BlockMap",
     "Full",
@@ -38,6 +56,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "Router",
     "Schedule",
     "Sequence",
     "SlidingTile",
@@ -64,16 +83,20 @@ _HOME = {
     "falloff.hosts.backend": ("register_diffusers_backend",),
     "falloff.hosts.sdpa": ("sdpa",),
     "falloff.methods": (
+        "AdaSpa",
+        "Anchor",
         "Full",
+        "Hyper",
         "Method",
+        "PBS",
         "Radial",
+        "Router",
+        "SVG1",
+        "SVG2",
         "SlidingTile",
-        "XAttention",
         "SpargeAttn",
         "VSA",
-        "PBS",
-        "Hyper",
-        "Anchor",
+        "XAttention",
     ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),

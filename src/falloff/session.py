@@ -86,6 +86,7 @@ class Session:
         self._plans: dict[tuple[Sequence, torch.device], Plan | Dense] = {}
         self._rehearsed: WeakKeyDictionary[Plan, set[torch.dtype]] = WeakKeyDictionary()
         self._states: dict[tuple[int, int, str | None], State] = {}
+        self._shared: dict[Any, Any] = {}
         self._calls: deque[tuple[dict[str, Any], Stopwatch | None]] = deque(maxlen=RECORDS_KEPT)
         self._forwards: deque[Stopwatch] = deque(maxlen=RECORDS_KEPT)
         self._last_plan: Plan | None = None
@@ -109,6 +110,7 @@ class Session:
         """
         if position.run != self.position.run:
             self._states.clear()
+            self._shared.clear()
             self._calls.clear()
             self._forwards.clear()
             self._looked_at.clear()
@@ -336,7 +338,7 @@ class Session:
             branch=where.branch,
             first_head=self._share * q_BSHD.shape[2],
         )
-        state = self._states.setdefault((seat.model, seat.layer, where.branch), State())
+        state = self._states.setdefault((seat.model, seat.layer, where.branch), State(shared=self._shared))
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         try:
             plan = self.method.plan(call, q, k, v, state)

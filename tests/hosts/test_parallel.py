@@ -16,7 +16,7 @@ from torch import nn
 
 import falloff
 from falloff.hosts import UnsupportedModelError
-from falloff.hosts.parallel import all_tokens, whole_mask
+from falloff.hosts.parallel import all_tokens, fault, whole_mask
 from falloff.hosts.shards import Shards, shards_of
 
 
@@ -98,6 +98,12 @@ def test_other_kinds_are_refused_before_and_after_enable(kind: str) -> None:
         falloff.enable(model, tiny.Frames())
     assert not hasattr(model, "_falloff")
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_version_that_cannot_exchange_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("diffusers.models.attention_dispatch.SeqAllToAllDim")
+    config = ContextParallelConfig(ulysses_degree=2)
+    assert "has no exchange of tokens" in fault(config, dispatched=True, square_mask=False)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,7 +98,14 @@ def _route(
     return parallel.own_tokens(op.attend(query, key, value, mask, _here.slot, _here.layout, scale), config)
 
 
-_AttentionBackendRegistry.register(KEY, supports_context_parallel=True)(_route)
+def _register() -> None:
+    """Diffusers 0.35 knows no context parallelism, and its registry no word for it."""
+    known = inspect.signature(_AttentionBackendRegistry.register).parameters
+    more = {"supports_context_parallel": True} if "supports_context_parallel" in known else {}
+    _AttentionBackendRegistry.register(KEY, **more)(_route)
+
+
+_register()
 
 
 class Scene:
@@ -112,6 +120,20 @@ class Scene:
         self.layout = op.layout_of(None)
 
 
+class Ear(StateManager):  # type: ignore[misc]  # diffusers has no types
+    """Keeps what ``cache_context`` says; diffusers' own manager keeps it under another name in every version."""
+
+    said: Any | None = None
+
+    def set_context(self, context: Any | None) -> None:
+        super().set_context(context)
+        self.said = context
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        super().reset(*args, **kwargs)
+        self.said = None
+
+
 class Listener(ModelHook):  # type: ignore[misc]  # diffusers has no types
     """Hears what the pipeline says through ``cache_context``, and that a pipeline call is over."""
 
@@ -119,12 +141,14 @@ class Listener(ModelHook):  # type: ignore[misc]  # diffusers has no types
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self.manager = StateManager(BaseState)
+        self.ear = Ear(BaseState)
         self.watch = watch
 
     @property
     def context(self) -> Any | None:
-        return self.manager._context
+        """With a ``name``; before diffusers 0.41 a pipeline says no more than that."""
+        said = self.ear.said
+        return SimpleNamespace(name=said) if isinstance(said, str) else said
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.watch.end_run()
@@ -291,7 +315,7 @@ def _check_processor(path: str, attn: Any) -> None:
     if type(processor) not in processors.SUBSTITUTES and not hasattr(processor, "_attention_backend"):
         raise UnsupportedModelError(
             f"{path} has the processor {type(processor).__name__}, which does not go through diffusers' attention "
-            "dispatcher; falloff.enable needs the model's own processors"
+            "dispatcher; falloff.enable needs the model's own processors, and for some models a newer diffusers"
         )
 
 

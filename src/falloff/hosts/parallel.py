@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers.models.attention_dispatch import SeqAllToAllDim
+from diffusers.models import attention_dispatch
 from torch import Tensor
 
 
@@ -26,12 +26,14 @@ def fault(config: Any, *, dispatched: bool, square_mask: bool) -> str | None:
 
     ``dispatched``: the model's own processors go through diffusers' dispatcher. ``square_mask``: see ``Host``.
     """
+    if not hasattr(attention_dispatch, "SeqAllToAllDim"):
+        return "this version of diffusers has no exchange of tokens for heads to share; a newer one has"
     if config.ring_degree > 1:
         return (
             f"ring attention (ring_degree={config.ring_degree}) shows a process a part of the keys at a time, and "
             f"plans are for all; use ContextParallelConfig(ulysses_degree={config.ring_degree * config.ulysses_degree})"
         )
-    if config.ulysses_anything:
+    if getattr(config, "ulysses_anything", False):  # older versions of diffusers cannot
         return "uneven shares (ulysses_anything=True) are in no order a plan knows; use sizes that divide evenly"
     if not dispatched:
         return "diffusers itself does not exchange the tokens of this family, whose attention each process does alone"
@@ -53,13 +55,13 @@ def all_tokens(x_BSHD: Tensor, config: Any) -> Tensor:
     heads, count = x_BSHD.shape[2], config.ulysses_degree
     if heads % count:
         raise ValueError(f"{heads} heads have no even shares for {count} processes; use a ulysses_degree dividing them")
-    out: Tensor = SeqAllToAllDim.apply(config._ulysses_mesh.get_group(), x_BSHD, 2, 1)
+    out: Tensor = attention_dispatch.SeqAllToAllDim.apply(config._ulysses_mesh.get_group(), x_BSHD, 2, 1)
     return out
 
 
 def own_tokens(x_BSHD: Tensor, config: Any) -> Tensor:
     """[B, S, H / P, D] back to [B, S / P, H, D]."""
-    out: Tensor = SeqAllToAllDim.apply(config._ulysses_mesh.get_group(), x_BSHD, 1, 2)
+    out: Tensor = attention_dispatch.SeqAllToAllDim.apply(config._ulysses_mesh.get_group(), x_BSHD, 1, 2)
     return out
 
 
