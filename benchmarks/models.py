@@ -164,7 +164,8 @@ def page(result: dict[str, Any]) -> str:
         meaning,
         tested(result),
         "## What is refused",
-        "With its reason, before anything is attached. Methods that plan between frames refuse models of images too.",
+        "With its reason: models before anything is attached, settings of a run when it starts. Methods that plan "
+        "between frames refuse models of images too.",
         refused(),
         BACKEND.strip(),
     ]
