@@ -61,10 +61,10 @@ def install(name: str) -> Path:
     folder = ROOT / ".matrix" / name.replace(" ", "-")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
-        venv.create(folder, with_pip=True)
+        venv.create(folder)
         (own,) = folder.glob("**/site-packages")
         (own / "rest.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", *ENVIRONMENTS[name]], check=True)
     return python
 
 
