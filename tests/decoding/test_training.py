@@ -18,25 +18,30 @@ def codes() -> Codes:
     return Codes(*sample(12))
 
 
-def trained(folder: Path, steps: int = 6, stop: int | None = None) -> LPDTransformer:
-    """A model trained afresh or on, with dropout; ``stop``: interrupted after this many steps."""
+def trained(folder: Path, state: int, steps: int = 6, stop: int | None = None) -> LPDTransformer:
+    """A model trained afresh or on, with dropout; ``stop``: interrupted after this many steps.
+
+    ``state``: of the global generator, which must not matter.
+    """
     made = model(torch.float32, dropout=0.1)
 
     def maybe_stop(step: int, loss: float) -> None:
         if step == stop:
             raise Interrupted
 
-    train(made, codes(), folder, RECIPE, adamw(made, 1e-3), steps=steps, save_every=0, on_step=maybe_stop)
+    with torch.random.fork_rng():
+        torch.manual_seed(state)
+        train(made, codes(), folder, RECIPE, adamw(made, 1e-3), steps=steps, save_every=0, on_step=maybe_stop)
     return made
 
 
 def test_interrupted_training_ends_bit_for_bit_as_if_it_were_not(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    whole = trained(tmp_path / "whole").state_dict()
+    whole = trained(tmp_path / "whole", 1).state_dict()
     with pytest.raises(Interrupted):
-        trained(tmp_path / "parts", stop=3)
-    parts = trained(tmp_path / "parts").state_dict()
+        trained(tmp_path / "parts", 2, stop=3)
+    parts = trained(tmp_path / "parts", 3).state_dict()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not torch.equal(whole["head.weight"], model(torch.float32).head.weight)
     assert not list(tmp_path.rglob("*.part"))
