@@ -10,8 +10,10 @@ from typing import Any
 
 import diffusers
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
+installed = Version(diffusers.__version__)
 Size = tuple[int, int, int]
 TEXT = 8
 """Channels of text embeddings."""
@@ -33,6 +35,8 @@ class Family:
     image: bool = False
     least_frames: int = 1
     least_tokens: int = 1
+    since: str = "0.35"
+    """The first diffusers whose attention of this family can be reached."""
 
     def build(self, seed: int = 0) -> nn.Module:
         """A model whose random weights are large enough for attention to matter."""
@@ -226,6 +230,7 @@ def _qwenimage(random: Random, grid: Size, batch: int) -> dict[str, Any]:
         "encoder_hidden_states": random.normal(batch, 5, TEXT),
         "encoder_hidden_states_mask": random.valid(batch, 5),
         "img_shapes": [[grid] for _ in range(batch)],
+        **({} if installed >= Version("0.37") else {"txt_seq_lens": [5] * batch}),
     }
 
 
@@ -295,7 +300,7 @@ FLUX = {
     "joint_attention_dim": TEXT,
 }
 
-FAMILIES = {
+ALL = {
     "Wan": Family(model="WanTransformer3DModel", config=WAN, inputs=_wan, layers=2),
     "Wan VACE": Family(
         model="WanVACETransformer3DModel",
@@ -322,10 +327,16 @@ FAMILIES = {
         inputs=_wan_animate,
         layers=2,
         least_frames=2,
+        since="0.36",
     ),
-    "SkyReels-V2": Family(model="SkyReelsV2Transformer3DModel", config=WAN, inputs=_wan, layers=2),
+    "SkyReels-V2": Family(model="SkyReelsV2Transformer3DModel", config=WAN, inputs=_wan, layers=2, since="0.36"),
     "HunyuanVideo": Family(
-        model="HunyuanVideoTransformer3DModel", config=HUNYUAN_VIDEO, inputs=_hunyuan_video, layers=2, text=5
+        model="HunyuanVideoTransformer3DModel",
+        config=HUNYUAN_VIDEO,
+        inputs=_hunyuan_video,
+        layers=2,
+        text=5,
+        since="0.36",
     ),
     "HunyuanVideo I2V": Family(
         model="HunyuanVideoTransformer3DModel",
@@ -333,6 +344,7 @@ FAMILIES = {
         inputs=_hunyuan_video,
         layers=2,
         text=5,
+        since="0.36",
     ),
     "Mochi": Family(
         model="MochiTransformer3DModel",
@@ -393,6 +405,7 @@ FAMILIES = {
         inputs=_hunyuan_video15,
         layers=2,
         text=7,
+        since="0.36",
     ),
     "LTX": Family(model="LTXVideoTransformer3DModel", config=LTX, inputs=_ltx, layers=2),
     "LTX-2": Family(
@@ -407,6 +420,7 @@ FAMILIES = {
         },
         inputs=_ltx2,
         layers=2,
+        since="0.37",
     ),
     "Kandinsky 5": Family(
         model="Kandinsky5Transformer3DModel",
@@ -424,6 +438,7 @@ FAMILIES = {
         },
         inputs=_kandinsky5,
         layers=2,
+        since="0.36",
     ),
     "FLUX.1": Family(
         model="FluxTransformer2DModel",
@@ -442,6 +457,7 @@ FAMILIES = {
         text=5,
         text_first=True,
         image=True,
+        since="0.36",
     ),
     "QwenImage": Family(
         model="QwenImageTransformer2DModel",
@@ -461,3 +477,4 @@ FAMILIES = {
         image=True,
     ),
 }
+FAMILIES = {name: family for name, family in ALL.items() if installed >= Version(family.since)}

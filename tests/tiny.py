@@ -103,7 +103,7 @@ def t2v(layers: int = 2, experts: int = 1, scheduler_name: str = "unipc", **conf
             scheduler=scheduler(scheduler_name),
             transformer=transformer(layers),
             transformer_2=transformer(layers, seed=1) if two else None,
-            boundary_ratio=0.9 if two else None,
+            boundary_ratio=0.8 if two else None,
             **config,
         )
     )
@@ -121,7 +121,7 @@ def i2v(layers: int = 2) -> WanImageToVideoPipeline:
             scheduler=scheduler(),
             transformer=transformer(layers, channels=36),
             transformer_2=transformer(layers, seed=1, channels=36),
-            boundary_ratio=0.9,
+            boundary_ratio=0.8,
         )
     )
 

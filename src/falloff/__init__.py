@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from falloff.api import attention, disable, enable, plan_for, report, using
     from falloff.evaluation.compare import compare
+    from falloff.evaluation.tune import Goal, tune
     from falloff.geometry import Grid, Sequence
+    from falloff.hosts.backend import register_diffusers_backend
     from falloff.hosts.sdpa import sdpa
     from falloff.methods import (
         PBS,
@@ -45,6 +47,7 @@ __all__ = [
     "Anchor",
     "BlockMap",
     "Full",
+    "Goal",
     "Grid",
     "Hyper",
     "Method",
@@ -65,15 +68,19 @@ __all__ = [
     "enable",
     "plan_for",
     "preset",
+    "register_diffusers_backend",
     "report",
     "sdpa",
+    "tune",
     "using",
 ]
 
 _HOME = {
     "falloff.api": ("attention", "disable", "enable", "plan_for", "report", "using"),
     "falloff.evaluation.compare": ("compare",),
+    "falloff.evaluation.tune": ("Goal", "tune"),
     "falloff.geometry": ("Grid", "Sequence"),
+    "falloff.hosts.backend": ("register_diffusers_backend",),
     "falloff.hosts.sdpa": ("sdpa",),
     "falloff.methods": (
         "AdaSpa",

@@ -118,13 +118,13 @@ def report(pipe: Any) -> Report:
 
 def check_recipe(pipe: Any, recipe: Recipe) -> None:
     """Raise ``RecipeError`` unless a recipe is for the transformers of a pipeline."""
-    for model in _models(pipe):
-        recipe.check(*identity(model))
+    for model, layers in identities(pipe):
+        recipe.check(model, layers)
 
 
-def identity(model: nn.Module) -> tuple[str, int]:
-    """A transformer's class name and its number of self-attention layers: what a recipe is for."""
-    return type(model).__name__, len(host_for(model).attention_paths(model))
+def identities(pipe: Any) -> list[tuple[str, int]]:
+    """Class name and number of self-attention layers of each transformer: what a recipe is for."""
+    return [(type(model).__name__, len(host_for(model).attention_paths(model))) for model in _models(pipe)]
 
 
 def attention(
@@ -152,7 +152,10 @@ def _models(pipe: Any) -> list[nn.Module]:
     else:
         raise UnsupportedModelError(f"expected a diffusers pipeline or transformers, got {type(pipe).__name__}")
     if not found:
-        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer to attach to")
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} has no transformer to attach to: falloff looks for {' and '.join(TRANSFORMERS)}, "
+            f"and this pipeline has {', '.join(_parts(pipe)) or 'nothing'}"
+        )
     return [getattr(model, "_orig_mod", model) for model in found]
 
 
@@ -164,6 +167,11 @@ def _check_frames(method: Method, hosts: list[Host]) -> None:
                 f"{method.name} leaves out pairs of frames, and {host.family} makes images, which have none; "
                 f"methods for images: {others}"
             )
+
+
+def _parts(pipe: Any) -> list[str]:
+    """Names of what a pipeline is made of."""
+    return [name for name, part in getattr(pipe, "components", {}).items() if part is not None]
 
 
 def _is_pipeline(pipe: Any) -> bool:

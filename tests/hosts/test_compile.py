@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from families import FAMILIES, run
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import falloff
@@ -74,7 +75,7 @@ def test_sizes_reach_the_operator_without_more_frames(
     inner = op._attend
 
     def checked(query: Tensor, *args: Any) -> Any:
-        fits.append(int(args[4].prod()) == query.shape[1])
+        fits.append(int(args[4][:3].prod()) == query.shape[1])
         return inner(query, *args)
 
     monkeypatch.setattr(op, "_attend", checked)
@@ -103,6 +104,66 @@ def test_enable_after_compile_disable_enable(mode: str) -> None:
             falloff.disable(target)
         frames.append(counter.frame_count)
     assert frames == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_blocks_wrapped_one_by_one(enabled: bool) -> None:
+    model, counter = tiny.transformer(), CompileCounterWithBackend("eager")
+    plain = forward(model)
+    with falloff.using(model, tiny.Frames()):
+        sparse = forward(model)
+    if enabled:
+        falloff.enable(model, tiny.Frames())
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = torch.compile(block, backend=counter, fullgraph=True)
+    if not enabled:
+        torch.testing.assert_close(forward(model), plain, atol=1e-6, rtol=1e-6)
+        falloff.enable(model, tiny.Frames())
+    torch.testing.assert_close(forward(model), sparse, atol=1e-6, rtol=1e-6)
+    assert [call.layer for call in falloff.report(model).calls] == [0, 1]
+    assert counter.frame_count == (1 if enabled else 2)
+    falloff.disable(model)
+    torch.testing.assert_close(forward(model), plain, atol=1e-6, rtol=1e-6)
+
+
+FAMILIES_WHOLE = ("HunyuanVideo", "FLUX.1", "CogVideoX")
+"""Text after, an image with text before, and processors of ours in their place."""
+
+
+def whole(name: str, seen: int, *, enabled: bool) -> tuple[nn.Module, Any, CompileCounterWithBackend]:
+    """A model, itself as one full graph, and the count of its frames."""
+    model, counter = FAMILIES[name].build(), CompileCounterWithBackend("eager")
+    if enabled:
+        falloff.enable(model, tiny.Frames(seen=seen, rows=FAMILIES[name].image))
+    return model, torch.compile(model, backend=counter, fullgraph=True), counter
+
+
+def sized(name: str, height: int) -> dict[str, Any]:
+    return FAMILIES[name].arguments((1 if FAMILIES[name].image else 3, height, 5), 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES_WHOLE)
+def test_whole_families_enabled_before_compile(name: str) -> None:
+    model, target, counter = whole(name, 1, enabled=True)
+    for height, frames in ((4, 1), (4, 1), (3, 2)):  # as many as without us
+        torch.testing.assert_close(run(target, sized(name, height)), run(model, sized(name, height)), atol=1e-6, rtol=0)
+        assert counter.frame_count == frames
+    assert falloff.report(model).reasons == {}
+
+
+@pytest.mark.parametrize("name", FAMILIES_WHOLE)
+def test_whole_families_enabled_after_compile(name: str) -> None:
+    model, target, counter = whole(name, 1, enabled=False)
+    plain = run(model, sized(name, 4))
+    for seen, frames in ((0, 1), (1, 2), (99, 2), (0, 2)):
+        if seen:
+            falloff.enable(target, tiny.Frames(seen=seen, rows=FAMILIES[name].image))
+        sparse = run(model, sized(name, 4))
+        torch.testing.assert_close(run(target, sized(name, 4)), sparse, atol=1e-6, rtol=0)
+        assert (sparse - plain).abs().max().item() == 0 if seen != 1 else (sparse - plain).abs().max() > 1e-3
+        assert counter.frame_count == frames
+        if seen:
+            falloff.disable(target)
 
 
 @pytest.mark.parametrize("mode", MODES)

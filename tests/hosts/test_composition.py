@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import tiny
 import torch
@@ -120,6 +122,56 @@ def test_group_offload(family: Family, kind: str) -> None:
         apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type=kind, **blocks)
 
     agrees(family, offload)
+
+
+@pytest.mark.parametrize("kind", ["sequential", "model"])
+def test_cpu_offload(family: Family, kind: str) -> None:
+    """The hooks behind ``enable_sequential_cpu_offload`` and ``enable_model_cpu_offload``: weights come and go."""
+    hooks: list[Any] = []
+
+    def offload(model: nn.Module) -> None:
+        cpu = torch.device("cpu")
+        if kind == "sequential":
+            accelerate.cpu_offload(model, cpu, offload_buffers=True)
+            assert all(parameter.is_meta for parameter in model.parameters())
+        else:
+            hooks.append(accelerate.cpu_offload_with_hook(model, cpu)[1])
+
+    model = agrees(family, offload)
+    assert kind == "sequential" or hasattr(model, "_hf_hook")
+    assert kind == "model" or all(parameter.is_meta for parameter in model.parameters())
+    for hook in hooks:
+        hook.offload()
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(run(model, arguments(family)), run(family.build(), arguments(family)), atol=0, rtol=0)
+
+
+def offload_pipeline(pipe: Any, kind: str) -> None:
+    """The CPU in the accelerator's place; for sequential offload diffusers would call it cpu:0, which fails there."""
+    if kind == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        for part in (pipe.transformer, pipe.transformer_2, pipe.vae):
+            accelerate.cpu_offload(part, torch.device("cpu"), offload_buffers=bool(part._parameters))
+    assert hasattr(pipe.transformer_2.proj_out if kind == "sequential" else pipe.transformer_2, "_hf_hook")
+
+
+@pytest.mark.parametrize("kind", ["sequential", "model"])
+@pytest.mark.parametrize("first", [True, False])
+def test_offloaded_pipeline(kind: str, first: bool) -> None:
+    """Two experts, offloaded before and after ``enable``, and left again."""
+    plain = tiny.generate(tiny.t2v(experts=2))
+    sparse = tiny.generate(falloff.enable(tiny.t2v(experts=2), tiny.Frames()))
+    pipe = tiny.t2v(experts=2)
+    steps = [partial(offload_pipeline, pipe, kind), partial(falloff.enable, pipe, tiny.Frames())]
+    for step in steps if first else reversed(steps):
+        step()
+    assert torch.equal(tiny.generate(pipe), sparse)
+    report = falloff.report(pipe)
+    assert {call.model for call in report.calls} == {0, 1}
+    assert report.reasons == {}
+    falloff.disable(pipe)
+    assert torch.equal(tiny.generate(pipe), plain)
 
 
 def gradients(model: nn.Module, family: Family) -> dict[str, Tensor]:

@@ -278,12 +278,6 @@ def test_failure_leaves_nothing_attached(model: Any) -> None:
     assert torch.equal(forward(model), plain)
 
 
-def test_context_parallel_is_refused(model: Any) -> None:
-    model.blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(UnsupportedModelError, match="context parallel"):
-        falloff.enable(model, tiny.Frames())
-
-
 def gradients(model: Any, **more: Any) -> list[Tensor]:
     model.zero_grad()
     model(**tiny.inputs(**more)).sample.square().mean().backward()

@@ -84,7 +84,7 @@ def test_sparse_is_masked_attention_and_pins_text(name: str) -> None:
     with falloff.using(model, sparse(family)):
         out = run(model, arguments)
         report = falloff.report(model)
-        seen = tuple(model._falloff.scene.grid.tolist())
+        seen = tuple(model._falloff.scene.layout.tolist()[:3])
     grid = GRIDS["image" if family.image else "video"]
     assert seen == grid
     tokens = grid[0] * grid[1] * grid[2] + family.text
@@ -155,7 +155,7 @@ def odd_grid(name: str, sparsified: nn.Module, examples: int) -> None:
         torch.testing.assert_close(run(sparsified, arguments), run(model, arguments), atol=2e-6, rtol=1e-5)
         report = falloff.report(sparsified)
         assert report.reasons == {}
-        assert sparsified._falloff.scene.grid.tolist() == [frames, *grid[1:]]
+        assert sparsified._falloff.scene.layout.tolist()[:3] == [frames, *grid[1:]]
         assert report.plan.q_len == frames * grid[1] * grid[2] + family.text
 
     check()

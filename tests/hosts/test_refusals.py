@@ -43,6 +43,34 @@ def test_layers_are_in_order_of_their_numbers() -> None:
     assert host_for(model).attention_paths(model)[-2:] == ["blocks.10.attn1", "blocks.11.attn1"]
 
 
+class Opaque(nn.Module):
+    """A block as a converter leaves it: it computes the same and shows nothing inside."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.inside = (block,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inside[0](*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["Wan", "HunyuanVideo", "CogVideoX"])
+def test_hidden_attention_is_refused(name: str) -> None:
+    model = FAMILIES[name].build()
+    path = host_for(model).attention_paths(model)[-1]
+    blocks, number, attention = path.rsplit(".", 2)
+    block = model.get_submodule(blocks)[int(number)]
+    model.get_submodule(blocks)[int(number)] = Opaque(block)
+    with pytest.raises(UnsupportedModelError, match=rf"1 of \d {blocks} .* hide their self-attention \({attention}\)"):
+        falloff.enable(model, tiny.Frames())
+    assert untouched(model)
+    model.get_submodule(blocks)[int(number)] = block
+    setattr(block, attention, Opaque(getattr(block, attention)))
+    with pytest.raises(UnsupportedModelError, match=rf"{path} is a Opaque without a processor"):
+        falloff.enable(model, tiny.Frames())
+    assert untouched(model)
+
+
 def test_linear_attention_is_refused() -> None:
     model = SanaVideoTransformer3DModel(
         in_channels=4,

@@ -85,6 +85,11 @@ def test_every_head_may_have_its_own_share() -> None:
     both = plan(XAttention(tau=(0.3, 1.0), block=8), sequence, q, k).blocks.dense()
     assert torch.equal(both[:, :1], plan(XAttention(tau=0.3, block=8), sequence, q, k).blocks.dense()[:, :1])
     assert both[0, 1].all()
+    second = XAttention(tau=(0.3, 1.0), block=8).plan(
+        Call(sequence=sequence, first_head=1), q[:, 1:], k[:, 1:], q, State()
+    )
+    assert isinstance(second, Plan)
+    assert torch.equal(second.blocks.dense(), both[:, 1:])
     with pytest.raises(ValueError, match="tau has 3 shares for 2 heads"):
         plan(XAttention(tau=(0.3, 0.4, 0.5)), sequence, q, k)
 

@@ -1,4 +1,4 @@
-"""The command line: ``falloff generate``, ``compare``, ``bench``, ``doctor`` and ``methods``.
+"""The command line: ``falloff generate``, ``compare``, ``tune``, ``bench``, ``doctor`` and ``methods``.
 
 Nothing heavy is imported here or at the top of a command's file, so that ``falloff --help`` answers at once.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, cast
 
 import typer
 
-from falloff.cli import bench, bench_attention, bench_model, compare, doctor, generate, methods
+from falloff.cli import bench, bench_attention, bench_model, compare, doctor, generate, methods, tune
 from falloff.cli.errors import CommandError, one_line
 
 INTERRUPTED = 130
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
+app.command("tune")(tune.tune)
 bench.app.command("attention")(bench_attention.attention)
 bench.app.command("model")(bench_model.model)
 app.add_typer(bench.app, name="bench")

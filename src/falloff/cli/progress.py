@@ -12,11 +12,11 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Steps:
-    """Shows "step x of y" and the time left on stderr, while in a ``with`` block."""
+    """Shows "step x of y" and the time left on stderr, while in a ``with`` block. ``unit``: what is counted."""
 
-    def __init__(self, doing: str) -> None:
+    def __init__(self, doing: str, unit: str = "step") -> None:
         self._console = Console(stderr=True)
-        self._doing, self._total = doing, 0
+        self._doing, self._unit, self._total = doing, unit, 0
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -43,7 +43,7 @@ class Steps:
     def show(self, doing: str, done: int = 0, total: int | None = None) -> None:
         """Tell what is going on, and the steps done where they are counted."""
         assert self._task is not None
-        steps = f"step {done} of {total}" if total else ""
+        steps = f"{self._unit} {done} of {total}" if total else ""
         if total and not self._total:
             self._bar.reset(self._task)
             self._start, self._total = time.monotonic(), total

@@ -6,7 +6,7 @@ is added up. 1 means that nothing of worth was left out, whatever the plan's den
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -33,14 +33,19 @@ class Recalls:
     calls: list[Recall] = field(default_factory=list)
 
     def mean(self) -> float | None:
+        """Attention kept."""
         return fmean(call.kept for call in self.calls) if self.calls else None
 
-    def density(self) -> float | None:
-        return fmean(call.density for call in self.calls) if self.calls else None
-
     def by_layer(self) -> dict[int, float]:
+        """Attention kept in every layer."""
+        return self._by_layer(lambda call: call.kept)
+
+    def density_by_layer(self) -> dict[int, float]:
+        return self._by_layer(lambda call: call.density)
+
+    def _by_layer(self, value: Callable[[Recall], float]) -> dict[int, float]:
         layers = sorted({call.layer for call in self.calls})
-        return {layer: fmean(call.kept for call in self.calls if call.layer == layer) for layer in layers}
+        return {layer: fmean(value(call) for call in self.calls if call.layer == layer) for layer in layers}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, HookRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
-from falloff.hosts import Host, UnsupportedModelError, op, processors
+from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
 from falloff.hosts.where import Watch
 from falloff.session import DenseBackend, Seat, Session
 
@@ -33,16 +34,28 @@ class DetachedError(RuntimeError):
 
 
 def _backend_key() -> Any:
-    """A member of the enum's type that is not in the enum: the dispatcher takes it, nobody else sees it."""
+    """A member of the enum's type that is not in the enum: the dispatcher takes it, nobody else sees it.
+
+    Unless the user wants it there, see ``backend.register_diffusers_backend``.
+    """
     key = str.__new__(AttentionBackendName, NAME)
-    key._name_ = key._value_ = NAME
+    key._name_, key._value_ = NAME.upper(), NAME
     key.__deepcopy__ = lambda memo: key  # enums of Python 3.10 would look the copy up by value
     return key
 
 
 KEY = _backend_key()
-_here = threading.local()
-"""The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene."""
+
+
+class _Here(threading.local):
+    """The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene."""
+
+    slot: Tensor | None = None
+    layout: Tensor
+    square_mask: bool
+
+
+_here = _Here()
 
 
 def _route(
@@ -56,20 +69,47 @@ def _route(
     enable_gqa: bool = False,
     _parallel_config: Any | None = None,
 ) -> Tensor:
-    """Attention of a marked processor, [B, S, H, D]. A compiler traces this function, so it decides nothing."""
-    if dropout_p or is_causal or enable_gqa or _parallel_config is not None:
-        raise NotImplementedError(
-            "falloff serves plain self-attention: no dropout, causal mask, grouped queries or context parallelism"
+    """Attention of a marked processor, [B, S, H, D]. A compiler traces this function, so it decides nothing.
+
+    A call of no marked layer comes here when the user has chosen falloff by its name: it stays dense.
+    """
+    if _here.slot is None:
+        out: Tensor = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            backend=AttentionBackendName.NATIVE,
+            parallel_config=_parallel_config,
         )
+        return out
+    if dropout_p or is_causal or enable_gqa:
+        raise NotImplementedError("falloff serves plain self-attention: no dropout, causal mask or grouped queries")
     mask = attn_mask[:, :, :1] if _here.square_mask and attn_mask is not None else attn_mask
-    return op.attend(query, key, value, mask, _here.slot, _here.grid, scale)
+    if _parallel_config is None:
+        return op.attend(query, key, value, mask, _here.slot, _here.layout, scale)
+    config = _parallel_config.context_parallel_config
+    query, key, value = (parallel.all_tokens(x, config) for x in (query, key, value))
+    mask = parallel.whole_mask(mask, config)
+    return parallel.own_tokens(op.attend(query, key, value, mask, _here.slot, _here.layout, scale), config)
 
 
-_AttentionBackendRegistry.register(KEY)(_route)
+def _register() -> None:
+    """Diffusers 0.35 knows no context parallelism, and its registry no word for it."""
+    known = inspect.signature(_AttentionBackendRegistry.register).parameters
+    more = {"supports_context_parallel": True} if "supports_context_parallel" in known else {}
+    _AttentionBackendRegistry.register(KEY, **more)(_route)
+
+
+_register()
 
 
 class Scene:
-    """What traced code knows of an attached model: the grid of the last forward to start, int64 [3] on the CPU.
+    """What traced code knows of an attached model: the layout (see ``op.layout_of``) of the last forward to start.
 
     It stays after the forward, because gradient checkpointing runs layers again during the backward.
     ``square_mask``: see ``Host``.
@@ -77,7 +117,21 @@ class Scene:
 
     def __init__(self, square_mask: bool) -> None:
         self.square_mask = square_mask
-        self.grid = torch.zeros(3, dtype=torch.int64, device="cpu")
+        self.layout = op.layout_of(None)
+
+
+class Ear(StateManager):  # type: ignore[misc]  # diffusers has no types
+    """Keeps what ``cache_context`` says; diffusers' own manager keeps it under another name in every version."""
+
+    said: Any | None = None
+
+    def set_context(self, context: Any | None) -> None:
+        super().set_context(context)
+        self.said = context
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        super().reset(*args, **kwargs)
+        self.said = None
 
 
 class Listener(ModelHook):  # type: ignore[misc]  # diffusers has no types
@@ -87,12 +141,14 @@ class Listener(ModelHook):  # type: ignore[misc]  # diffusers has no types
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self.manager = StateManager(BaseState)
+        self.ear = Ear(BaseState)
         self.watch = watch
 
     @property
     def context(self) -> Any | None:
-        return self.manager._context
+        """With a ``name``; before diffusers 0.41 a pipeline says no more than that."""
+        said = self.ear.said
+        return SimpleNamespace(name=said) if isinstance(said, str) else said
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.watch.end_run()
@@ -159,9 +215,10 @@ class Attachment:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         grid = self.host.grid(given, self.model.config)
         reason = grid if isinstance(grid, str) else None
-        self.scene.grid = torch.tensor((0, 0, 0) if isinstance(grid, str) else grid, device="cpu")
+        count, share = parallel.shares(_parallelism(self.model, self.host, self.marks[0].processor))
+        self.scene.layout = op.layout_of(None if isinstance(grid, str) else grid, count)
         position = self.watch.look(self.listener.context, given["timestep"])
-        self.session.begin(position, given["hidden_states"].device, reason)
+        self.session.begin(position, given["hidden_states"].device, reason, share=share)
 
 
 def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session, pipe: Any | None) -> None:
@@ -199,16 +256,33 @@ def _attach(attachment: Attachment) -> None:
     model, host = attachment.model, attachment.host
     _check_config(model, host)
     paths = host.attention_paths(model)
+    if not paths:
+        raise UnsupportedModelError(
+            f"no module of this {type(model).__name__} matches {', '.join(host.self_attention)}, where the family "
+            f"{host.family} has its self-attention; correct self_attention of its host"
+        )
+    _check_arguments(model, attachment.names)
     users = Counter(id(module.processor) for module in model.modules() if hasattr(module, "processor"))
     model._falloff = attachment  # type: ignore[assignment]  # modules say tensors or modules
     for layer, path in enumerate(paths):
         attn = model.get_submodule(path)
-        _check_processor(path, attn.processor)
+        _check_processor(path, attn)
+        _parallelism(model, host, attn.processor)
         seat = Seat(model=attachment.number, layer=layer, layers=len(paths), text_side=host.text_side)
         attachment.marks.append(_mark(path, attn, seat, attachment, shared=users[id(attn.processor)] > 1))
     attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
     attachment.handles.append(model.register_forward_hook(_root_ends))
+    attachment.handles.append(model.register_forward_hook(_root_left, always_call=True))
     _listen(model, attachment.listener)
+
+
+def _check_arguments(model: nn.Module, names: list[str]) -> None:
+    missing = [name for name in ("hidden_states", "timestep") if name not in names]
+    if missing:
+        raise UnsupportedModelError(
+            f"the forward of {type(model).__name__} takes {', '.join(names)}, but not {' and '.join(missing)}, from "
+            "which falloff tells the device and the step"
+        )
 
 
 def _check_config(model: nn.Module, host: Host) -> None:
@@ -217,14 +291,32 @@ def _check_config(model: nn.Module, host: Host) -> None:
         raise UnsupportedModelError(f"falloff cannot serve this {type(model).__name__}: {reason}")
 
 
-def _check_processor(path: str, processor: Any) -> None:
+def _parallelism(model: nn.Module, host: Host, processor: Any) -> Any | None:
+    """The context parallelism of a model. Raises ``UnsupportedModelError`` for one that cannot be served."""
+    config = parallel.config_of(model, processor)
+    if config is None:
+        return None
+    dispatched = type(processor) not in processors.SUBSTITUTES and not isinstance(processor, processors.OURS)
+    reason = parallel.fault(config, dispatched=dispatched, square_mask=host.square_mask)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"falloff cannot serve this {type(model).__name__} under context parallelism: {reason}"
+        )
+    return config
+
+
+def _check_processor(path: str, attn: Any) -> None:
+    if not hasattr(attn, "processor"):
+        raise UnsupportedModelError(
+            f"{path} is a {type(attn).__name__} without a processor, so that falloff cannot reach its attention; call "
+            "falloff.enable on the model as it was loaded"
+        )
+    processor = attn.processor
     if type(processor) not in processors.SUBSTITUTES and not hasattr(processor, "_attention_backend"):
         raise UnsupportedModelError(
             f"{path} has the processor {type(processor).__name__}, which does not go through diffusers' attention "
-            "dispatcher; falloff.enable needs the model's own processors"
+            "dispatcher; falloff.enable needs the model's own processors, and for some models a newer diffusers"
         )
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise UnsupportedModelError(f"{path} runs context parallel, which falloff does not serve yet")
 
 
 def _mark(path: str, attn: Any, seat: Seat, attachment: Attachment, *, shared: bool) -> Mark:
@@ -275,16 +367,19 @@ def _unmark(mark: Mark) -> None:
 
 
 def _dense_backend(key: Any | None, *, per_sample: bool) -> DenseBackend:
-    """The backend that a processor named, or the global one of the moment when it named none."""
+    """The backend that a processor named, or the global one of the moment when it named none; never falloff itself."""
+
+    def backend() -> Any:
+        chosen = key if key is not None else _AttentionBackendRegistry.get_active_backend()[0]
+        return AttentionBackendName.NATIVE if chosen is KEY else chosen
 
     def name() -> str:
-        chosen = key if key is not None else _AttentionBackendRegistry.get_active_backend()[0]
-        return str(AttentionBackendName(chosen).value)
+        return str(AttentionBackendName(backend()).value)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         if per_sample:
-            return processors.per_sample(q, k, v, mask, scale, key)
-        out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=key)
+            return processors.per_sample(q, k, v, mask, scale, backend())
+        out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend())
         return out
 
     return DenseBackend(name=name, run=run)
@@ -322,9 +417,15 @@ def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> None:
     model._falloff.session.end()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch left it untyped
+def _root_left(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Also on an error in a layer, which must not be taken for the layer of other calls."""
+    _here.slot = None
+
+
 def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
     _here.slot = attn._falloff_slot
-    _here.grid = attn._falloff_scene.grid
+    _here.layout = attn._falloff_scene.layout
     _here.square_mask = attn._falloff_scene.square_mask
 
 

@@ -2,7 +2,7 @@
 
 A compiler sees neither steps nor plans: what changes from layer to layer and step to step is looked up inside the
 operators, by a number in a 0-d int64 CPU tensor. Numbers as Python ints would compile every layer anew, and the
-grid as Python state would reach a fully compiled model one call late, so the grid is a tensor as well.
+grid as Python state would reach a fully compiled model one call late, so the grid is in a tensor as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from falloff.geometry import Grid
+from falloff.hosts.shards import Shards, shards_of
 from falloff.session import DenseBackend, Seat, Session
 
 _TAGS = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
@@ -42,43 +43,60 @@ def register_slot(slot: Slot) -> Tensor:
     return torch.tensor(number, device="cpu")
 
 
+def layout_of(grid: tuple[int, int, int] | None, count: int = 1) -> Tensor:
+    """What traced code hands on: the grid, zeros when unknown, and how many processes share it, int64 [4]."""
+    return torch.tensor((*(grid or (0, 0, 0)), count), device="cpu")
+
+
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
 ) -> Tensor:
-    """Self-attention through the slot's session, [B, S, H, D]; ``grid`` int64 [3], zeros when unknown.
+    """Self-attention through the slot's session, [B, S, H, D]; ``layout`` from ``layout_of``.
 
     ``mask``: as for PyTorch's attention, or ``None``.
     """
     if torch.compiler.is_compiling():
-        out, _ = torch.ops.falloff.attention(query, key, value, mask, slot, grid, scale)
+        out, _ = torch.ops.falloff.attention(query, key, value, mask, slot, layout, scale)
         return out  # type: ignore[no-any-return]  # torch.ops has no types
-    return _attend(query, key, value, mask, slot, grid, scale)[0]
+    return _attend(query, key, value, mask, slot, layout, scale)[0]
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
 ) -> tuple[Tensor, bool]:
     here = _slots[int(slot)]
-    return here.session.attend(here.seat, query, key, value, grid=_grid(grid), dense=here.dense, mask=mask, scale=scale)
+    grid, shards = _read(layout, here.seat, query)
+    if shards is not None:
+        query, key, value, mask = (*map(shards.joined, (query, key, value)), shards.joined_mask(mask))
+    out, planned = here.session.attend(
+        here.seat, query, key, value, grid=grid, dense=here.dense, mask=mask, scale=scale
+    )
+    return (out if shards is None else shards.split(out)), planned
 
 
-def _grid(grid: Tensor) -> Grid | None:
-    frames, height, width = grid.tolist()
-    return Grid(frames, height, width) if frames else None
+def _read(layout: Tensor, seat: Seat, query: Tensor) -> tuple[Grid | None, Shards | None]:
+    """The grid of a call, if known, and how its tokens lie if not in the model's order."""
+    frames, height, width, count = layout.tolist()
+    if not frames:
+        return None, None
+    grid = Grid(frames, height, width)
+    if count == 1 or seat.text_side is None:
+        return grid, None
+    return grid, shards_of(count, query.shape[1], grid.tokens, seat.text_side)
 
 
 @torch.library.custom_op("falloff::attention", mutates_args=(), tags=_TAGS)
 def _attention_op(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output [B, S, H, D], and a 0-d CPU bool: whether a plan computed it, which the gradient must know."""
-    out, planned = _attend(query, key, value, mask, slot, grid, scale)
+    out, planned = _attend(query, key, value, mask, slot, layout, scale)
     return out.contiguous(), torch.tensor(planned, device="cpu")
 
 
 @_attention_op.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, grid: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     return out, torch.empty((), dtype=torch.bool, device="cpu")
@@ -92,17 +110,19 @@ def _attention_backward_op(
     value: Tensor,
     mask: Tensor | None,
     slot: Tensor,
-    grid: Tensor,
+    layout: Tensor,
     planned: Tensor,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value: the call is run again, with autograd, as it was run before."""
     here = _slots[int(slot)]
-    seen = _grid(grid) if bool(planned) else None
+    grid, shards = _read(layout, here.seat, query) if bool(planned) else (None, None)
     # PyTorch keeps autograd out of an operator's body; this lets it in again.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = here.session.attend_again(here.seat, *inputs, grid=seen, dense=here.dense, mask=mask, scale=scale)
+        given, mask = (inputs, mask) if shards is None else (map(shards.joined, inputs), shards.joined_mask(mask))
+        out = here.session.attend_again(here.seat, *given, grid=grid, dense=here.dense, mask=mask, scale=scale)
+        out = out if shards is None else shards.split(out)
         dq, dk, dv = torch.autograd.grad(out, inputs, grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -114,8 +134,8 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *unused: Any) -> 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, slot, grid, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, mask, slot, grid, output[1])
+    query, key, value, mask, slot, layout, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, mask, slot, layout, output[1])
     ctx.mark_non_differentiable(output[1])
 
 

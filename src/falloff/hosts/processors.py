@@ -118,6 +118,7 @@ SUBSTITUTES: dict[type, type] = {
     FusedCogVideoXAttnProcessor2_0: CogVideoX,
     MochiAttnProcessor2_0: Mochi,
 }
+OURS = tuple(SUBSTITUTES.values())
 
 
 def per_sample(

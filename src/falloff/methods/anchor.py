@@ -12,6 +12,7 @@ text, where queries see backwards only and the rest is added to a first pass; he
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import Prediction, UniformBlocks, check_count, predicted
 from falloff.methods.pooling import block_means
 from falloff.methods.select import near
@@ -40,6 +41,11 @@ class Anchor(Method):
     """
 
     name: ClassVar[str] = "anchor"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "theta": Span(0.0, 14.0),
+        "block": Choices((32, 64, 128)),
+        "step": Choices((1, 2, 4, 16)),
+    }
 
     theta: float = 12.0
     block: int = 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,7 +18,10 @@ from falloff.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One self-attention call: its tokens, and where in the model and the run it stands."""
+    """One self-attention call: its tokens, and where in the model and the run it stands.
+
+    ``first_head``: number in the model of the first head that is given, where processes share the heads.
+    """
 
     sequence: Sequence
     layer: int = 0
@@ -26,6 +29,7 @@ class Call:
     step: int | None = None
     steps: int | None = None
     branch: str | None = None
+    first_head: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,22 @@ class State:
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Span:
+    """A setting worth trying anywhere from ``low`` to ``high``; whole numbers where both are. ``log``: by ratio."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A setting worth trying at these values."""
+
+    values: tuple[Any, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """Settings of a method. Subclasses are frozen dataclasses; equal settings are equal methods."""
@@ -58,6 +78,8 @@ class Method(ABC):
     """Plans between frames alone, so that it has nothing to leave out of an image."""
     schedule: ClassVar[Schedule] = Schedule()
     """What stays dense unless the user says otherwise."""
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {}
+    """Settings that trade fidelity for time, and where to look for good ones."""
 
     @abstractmethod
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:

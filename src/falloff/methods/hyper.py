@@ -9,13 +9,14 @@ for themselves, so that the output is attention over the keys a query sees, as f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import Prediction, check_count, predicted
 from falloff.plan import Plan
 
@@ -32,6 +33,10 @@ class Hyper(Method):
     """
 
     name: ClassVar[str] = "hyper"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "projections": Span(3, 10),
+        "block": Choices((64, 128, 256, 512)),
+    }
 
     projections: int = 7
     block: int = 256

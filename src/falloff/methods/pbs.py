@@ -12,6 +12,7 @@ in a video every query sees both ways, so proxies are spread evenly and nothing 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from falloff.geometry import Grid
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import Prediction, check_count, check_share, predicted
 from falloff.methods.pooling import block_means
 from falloff.methods.select import mass_ge
@@ -42,6 +43,11 @@ class PBS(Method):
     """
 
     name: ClassVar[str] = "pbs"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "tau": Span(0.3, 0.98),
+        "segment": Choices(("video", "frame")),
+        "block": Choices((32, 64, 128)),
+    }
 
     tau: float = 0.9
     segment: int | Literal["video", "frame"] = "video"

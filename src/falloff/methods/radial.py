@@ -12,7 +12,7 @@ Widths halve as distances double (paper Eq. 4), hence O(n log n) pairs in the nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Literal
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from falloff.geometry import Sequence, hilbert_order, order
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.coverage import Ints, band_counts, disc_runs, reference_cells, window_seen
 from falloff.plan import BlockMap, Plan
 
@@ -55,6 +55,14 @@ class Radial(Method):
     name: ClassVar[str] = "radial"
     static: ClassVar[bool] = True
     needs_frames: ClassVar[bool] = True
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "decay": Span(0.05, 1.0, log=True),
+        "block": Choices(("auto", 32, 64, 128)),
+        "tau": Span(0.0, 0.75),
+        "neighbour": Choices(("full", "half", "decayed")),
+        "sink_frames": Span(0, 2),
+        "window": Choices(("band", "disc")),
+    }
 
     decay: float = 0.2
     block: int | Literal["auto"] = "auto"

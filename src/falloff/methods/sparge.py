@@ -15,13 +15,14 @@ which then takes no part in the softmax.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import Prediction, check_count, check_share, predicted
 from falloff.methods.pooling import block_means
 from falloff.methods.select import mass_ge, mass_le, topk
@@ -44,6 +45,13 @@ class SpargeAttn(Method):
     """
 
     name: ClassVar[str] = "sparge"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "mode": Choices(get_args(Mode)),
+        "keep": Span(0.05, 0.95),
+        "theta": Span(-0.1, 0.9),
+        "q_block": Choices((32, 64, 128)),
+        "kv_block": Choices((32, 64, 128)),
+    }
 
     mode: Mode = "topk"
     keep: float = 0.5

@@ -12,6 +12,7 @@ by whole tiles. Any grid will do: tiles at its far ends may be smaller.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from falloff.geometry import Grid
-from falloff.methods.base import Call, Method, State
+from falloff.methods.base import Call, Choices, Method, Span, State
 from falloff.methods.layout import Tile, three, tile_plan, tiles_across
 from falloff.plan import Plan
 
@@ -38,6 +39,10 @@ class SlidingTile(Method):
 
     name: ClassVar[str] = "sta"
     static: ClassVar[bool] = True
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "tile": Choices(("auto", (4, 4, 4), (2, 4, 4), (2, 2, 2))),
+        "window": Choices(((1, 3, 3), (3, 1, 1), (3, 3, 3), (5, 3, 3), (3, 5, 5), (5, 5, 5))),
+    }
 
     tile: tuple[int, ...] | Literal["auto"] = "auto"
     window: tuple[int, ...] = (3, 3, 3)

@@ -12,6 +12,7 @@ gated by a layer that models trained with it have; that branch is not here, only
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from falloff.geometry import Grid, Sequence
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import NOT_FINITE, Tile, finite, grid_tile_order, three, tile_plan
 from falloff.methods.pooling import tile_means
 from falloff.methods.select import topk
@@ -36,6 +37,10 @@ class VSA(Method):
     """
 
     name: ClassVar[str] = "vsa"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "sparsity": Span(0.3, 0.95),
+        "tile": Choices(("auto", (2, 4, 4), (2, 2, 4), (2, 2, 2))),
+    }
 
     sparsity: float = 0.5
     tile: tuple[int, ...] | Literal["auto"] = "auto"
@@ -49,7 +54,7 @@ class VSA(Method):
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         sequence, tile = call.sequence, self.tile_of(call.sequence.grid)
         video = slice(sequence.video_start, sequence.video_start + sequence.grid.tokens)
-        q, k = q_BHND[:, :, video], k_BHND[:, :, video]
+        q, k = q_BHND[:, :, video].detach(), k_BHND[:, :, video].detach()
         if not finite(q, k):
             return NOT_FINITE
         scores = tile_means(q, sequence.grid, tile) @ tile_means(k, sequence.grid, tile).mT

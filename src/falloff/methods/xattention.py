@@ -11,6 +11,7 @@ mass is at least ``tau`` of the row's. Costs 1 / (2 S) of the products of dense 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import Prediction, check_count, check_share, predicted
 from falloff.methods.select import mass_ge
 from falloff.plan import Plan
@@ -38,6 +39,11 @@ class XAttention(Method):
     """
 
     name: ClassVar[str] = "xattention"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "tau": Span(0.3, 0.98),
+        "stride": Choices((4, 8, 16)),
+        "block": Choices((32, 64, 128)),
+    }
 
     tau: float | tuple[float, ...] = 0.9
     stride: int = 8
@@ -54,9 +60,11 @@ class XAttention(Method):
             raise ValueError(f"stride = {self.stride} must divide the block of {self.block} tokens")
 
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
-        shares = self._shares()
-        if len(shares) not in (1, q_BHND.shape[1]):
-            raise ValueError(f"tau has {len(shares)} shares for {q_BHND.shape[1]} heads; give one, or one for each")
+        shares, first, heads = self._shares(), call.first_head, q_BHND.shape[1]
+        if len(shares) > 1:
+            if len(shares) % heads or len(shares) < first + heads:  # processes may share the heads evenly
+                raise ValueError(f"tau has {len(shares)} shares for {heads} heads; give one, or one for each")
+            shares = shares[first : first + heads]
         share = torch.tensor(shares, device=q_BHND.device).view(-1, 1, 1)
         return predicted(
             call.sequence,

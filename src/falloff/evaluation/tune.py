@@ -1,0 +1,334 @@
+"""The fastest settings that stay close enough to dense: searched on the model at hand, within a time budget.
+
+Candidates come from optuna's TPE sampler, which learns from those judged before and prefers ones that reach the
+target. Fidelity is measured (PSNR of whole generations against dense), or told from the share of the model's own
+attention that plans keep, where one dense run judges many candidates at once. What is found is compared with dense and
+with the method's defaults on the same prompts, interleaved, and that comparison goes into the recipe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from falloff import api
+from falloff.evaluation import study as studies
+from falloff.evaluation.candidates import Candidate, Space
+from falloff.evaluation.compare import compare
+from falloff.evaluation.comparison import Comparison, Pair
+from falloff.evaluation.generate import check_arguments, generate, steps
+from falloff.evaluation.metrics import psnr
+from falloff.evaluation.probe import Probe
+from falloff.evaluation.recall import RecallObserver, Recalls
+from falloff.evaluation.study import COST, FIDELITY, TuningError
+from falloff.methods import METHODS, get
+from falloff.methods.base import Method
+from falloff.recipe import Recipe
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+AT_ONCE = 12
+"""Candidates judged by recall in one dense run."""
+HOPELESS_DB = 3.0
+"""A candidate this far below the target on its first pair is given up."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At least ``target``: mean PSNR in dB against dense, or the share of attention kept, 0 to 1."""
+
+    measure: Literal["psnr", "recall"]
+    target: float
+
+    def __post_init__(self) -> None:
+        if self.measure == "recall" and not 0 < self.target < 1:
+            raise TuningError(f"a recall of {self.target} is outside 0 to 1")
+        if not self.target > 0:
+            raise TuningError(f"a target of {self.target} must be above 0")
+
+    def __str__(self) -> str:
+        return f"{self.target:g} dB PSNR" if self.measure == "psnr" else f"{self.target:.1%} of attention kept"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate judged. cost: time as a share of dense, or effective density where recall is the goal."""
+
+    candidate: Candidate
+    cost: float
+    fidelity: float
+
+    def words(self) -> str:
+        """The method, what differs from its defaults, and its schedule."""
+        method, schedule = self.candidate.method, self.candidate.schedule
+        defaults = type(method)().settings()
+        changed = [f"{name}={value}" for name, value in method.settings().items() if value != defaults[name]]
+        return " ".join(
+            [method.name, *changed, f"dense_first={schedule.dense_first}", f"dense_layers={schedule.dense_layers}"]
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The recipe, the comparison behind it, and every candidate in the order tried, earlier sessions' included."""
+
+    recipe: Recipe
+    comparison: Comparison
+    tried: list[Tried]
+
+
+class _Dense(NamedTuple):
+    """A pair's dense video, float [F, H, W, 3] in 0 to 1, and the seconds it took."""
+
+    video: Tensor
+    seconds: float
+
+
+Say = Callable[[str], None]
+
+
+def tune(
+    pipe: Any,
+    prompts: str | Iterable[str],
+    methods: Iterable[str] = ("radial",),
+    *,
+    goal: Goal,
+    seconds: float,
+    seeds: Iterable[int] = (0,),
+    kernel: str = "auto",
+    trials: Path | None = None,
+    say: Say = lambda doing: None,
+    **call_arguments: Any,
+) -> Tuned:
+    """Search for about ``seconds`` seconds, the last comparison included, and give back the recipe.
+
+    ``trials``: a file that keeps every trial; a search goes on where it was interrupted. ``say`` is told what goes
+    on. The pipeline is left as it was. Raises ``TuningError`` for methods without knobs, when nothing reached the
+    goal in time, and for the trials of another search, and what ``compare`` raises.
+    """
+    started = time.monotonic()
+    pairs = [Pair(*pair) for pair in product([prompts] if isinstance(prompts, str) else prompts, seeds)]
+    wanted = kinds(methods)
+    check_arguments(pipe, call_arguments)
+    if not pairs:
+        raise TuningError("a search needs at least one prompt and one seed")
+    search = _Search(pipe, pairs, wanted, goal, kernel, say, call_arguments)
+    with studies.opened(trials, search.identity()) as study:
+        search.prepare()
+        _run(search, study, deadline=started + seconds - search.seconds_to_compare())
+        tried = [search.tried(trial) for trial in studies.judged(study)]
+    best = _best(tried, goal)
+    comparison = search.compare(best)
+    return Tuned(search.recipe(best, comparison, len(tried)), comparison, tried)
+
+
+def kinds(names: str | Iterable[str]) -> list[type[Method]]:
+    """Methods by name. Raises ``TuningError`` for one without knobs, and ``ValueError`` for one unknown."""
+    found = [type(get(name)) for name in dict.fromkeys([names] if isinstance(names, str) else names)]
+    tunable = ", ".join(name for name, method in METHODS.items() if method.knobs)
+    for kind in found:
+        if not kind.knobs:
+            raise TuningError(f"{kind.name} has nothing to tune; choose of {tunable}")
+    if not found:
+        raise TuningError(f"no method to tune; choose of {tunable}")
+    return found
+
+
+class _Search:
+    """What stays the same for all candidates."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        pairs: list[Pair],
+        kinds: list[type[Method]],
+        goal: Goal,
+        kernel: str,
+        say: Say,
+        call_arguments: dict[str, Any],
+    ) -> None:
+        self._pipe, self._pairs, self.kinds, self.goal = pipe, pairs, kinds, goal
+        self._kernel, self.say, self._arguments = kernel, say, call_arguments
+        self._steps = steps(pipe, call_arguments)
+        self._model, self._layers = api.identities(pipe)[0]
+        self._dense: list[_Dense] = []
+        self.space = Space(kinds, range(self._layers))
+
+    def identity(self) -> dict[str, Any]:
+        """What trials must have in common to be of one search."""
+        return {
+            "model": [self._model, self._layers],
+            "pairs": [[pair.prompt, pair.seed] for pair in self._pairs],
+            "methods": [kind.name for kind in self.kinds],
+            "goal": str(self.goal),
+            "call": {name: str(value) for name, value in self._arguments.items()},
+        }
+
+    def prepare(self) -> None:
+        """Dense videos to compare with, and which layers lose most by the defaults."""
+        short = {**self._arguments, "num_inference_steps": 1}
+        self.say("warming up")
+        generate(self._pipe, self._pairs[0].prompt, seed=self._pairs[0].seed, call_arguments=short)
+        for number, pair in enumerate(self._pairs, 1):
+            self.say(f"dense, pair {number} of {len(self._pairs)}")
+            made = generate(self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments)
+            self._dense.append(_Dense(_as_float(made.frames_FHWC), made.seconds))
+        self.say("which layers need their attention most")
+        recalls = self._recalls([kind() for kind in self.kinds])
+        losses = [found.by_layer() for found in recalls]
+        sensitive = sorted(range(self._layers), key=lambda layer: min(kept.get(layer, 1.0) for kept in losses))
+        self.space = Space(self.kinds, sensitive)
+
+    def seconds_to_compare(self) -> float:
+        """Dense twice, the defaults and the best, and short runs first."""
+        each = sum(dense.seconds for dense in self._dense)
+        return 4 * each + 6 / self._steps * self._dense[0].seconds
+
+    def tried(self, trial: FrozenTrial) -> Tried:
+        from optuna.trial import FixedTrial
+
+        candidate = self.space.suggest(FixedTrial(trial.params))
+        return Tried(candidate, trial.user_attrs[COST], trial.user_attrs[FIDELITY])
+
+    def judge(self, candidates: list[Candidate]) -> list[tuple[float, float]]:
+        """Cost and fidelity of each."""
+        if self.goal.measure == "recall":
+            recalls = self._recalls([candidate.method for candidate in candidates])
+            return [self._by_recall(*judged) for judged in zip(candidates, recalls, strict=True)]
+        return [self._by_psnr(candidate) for candidate in candidates]
+
+    def at_once(self) -> int:
+        return AT_ONCE if self.goal.measure == "recall" else 1
+
+    def compare(self, best: Tried) -> Comparison:
+        """The best, its method's defaults and dense, interleaved."""
+        candidate = best.candidate
+        default = type(candidate.method)()
+        methods = [candidate.method] if default == candidate.method else [default, candidate.method]
+        schedules = [candidate.schedule] if default == candidate.method else [default.schedule, candidate.schedule]
+        return compare(
+            self._pipe,
+            list(dict.fromkeys(pair.prompt for pair in self._pairs)),
+            methods,
+            seeds=list(dict.fromkeys(pair.seed for pair in self._pairs)),
+            schedule=schedules,
+            kernel=self._kernel,
+            progress=lambda now: self.say(f"comparing, {now.doing}"),
+            **self._arguments,
+        )
+
+    def recipe(self, best: Tried, comparison: Comparison, count: int) -> Recipe:
+        values = comparison.to_dict()
+        keep = ("created", "call_arguments", "pairs", "machine", "versions")
+        figures = (
+            "label",
+            "speedup",
+            "speedups",
+            "psnr",
+            "ssim",
+            "effective_density",
+            "recall",
+            "settings",
+            "schedule",
+        )
+        return Recipe(
+            model=self._model,
+            layers=self._layers,
+            method=best.candidate.method,
+            schedule=best.candidate.schedule,
+            kernel=self._kernel,
+            evidence={
+                "goal": str(self.goal),
+                "candidates": count,
+                **{name: values[name] for name in keep},
+                "compared": [{name: arm[name] for name in figures} for arm in values["methods"]],
+            },
+        )
+
+    def _recalls(self, methods: Sequence[Method]) -> list[Recalls]:
+        """What each method keeps of the first pair's attention, from one dense run."""
+        observer = RecallObserver(methods=tuple(methods))
+        pair = self._pairs[0]
+        with api.using(self._pipe, Probe(observers=(observer,))):
+            generate(self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments)
+        return list(observer.found)
+
+    def _by_recall(self, candidate: Candidate, found: Recalls) -> tuple[float, float]:
+        if not found.calls:
+            return 1.0, 1.0  # it plans nothing, so that every call stays dense
+        density = candidate.mean(found.density_by_layer(), self._steps)
+        return density, candidate.mean(found.by_layer(), self._steps)
+
+    def _by_psnr(self, candidate: Candidate) -> tuple[float, float]:
+        shares, fidelity = [], []
+        for pair, dense in zip(self._pairs, self._dense, strict=True):
+            with api.using(self._pipe, candidate.method, schedule=candidate.schedule, kernel=self._kernel):
+                made = generate(self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments)
+            shares.append(made.seconds / dense.seconds)
+            fidelity.append(min(psnr(_as_float(made.frames_FHWC), dense.video), 100.0))  # equal videos have no PSNR
+            if fidelity[0] < self.goal.target - HOPELESS_DB:
+                break
+        return median(shares), fmean(fidelity)
+
+
+def _run(search: _Search, study: Study, deadline: float) -> None:
+    """Ask for candidates and judge them until the next ones would take too long; one at least.
+
+    The methods' own defaults come before any other.
+    """
+    if not studies.judged(study):
+        for kind in search.kinds:
+            study.enqueue_trial(search.space.defaults(kind))
+    longest = 0.0
+    while time.monotonic() + longest < deadline or not studies.judged(study):
+        began = time.monotonic()
+        _round(search, study)
+        longest = max(longest, time.monotonic() - began)
+
+
+def _round(search: _Search, study: Study) -> None:
+    """Judge as many candidates as are judged at once, those left out whose settings exclude each other."""
+    trials, candidates = [], []
+    for trial in [study.ask() for _ in range(search.at_once())]:
+        try:
+            candidates.append(search.space.suggest(trial))
+            trials.append(trial)
+        except ValueError:
+            studies.refuse(study, trial)
+    for trial, (cost, fidelity) in zip(trials, search.judge(candidates), strict=True):
+        studies.tell(study, trial, cost=cost, fidelity=fidelity, target=search.goal.target)
+    search.say(_words(search, studies.judged(study)))
+
+
+def _words(search: _Search, trials: list[FrozenTrial]) -> str:
+    """How far the search is."""
+    reached = [trial.user_attrs[COST] for trial in trials if trial.user_attrs[FIDELITY] >= search.goal.target]
+    what = "of the dense time" if search.goal.measure == "psnr" else "effective density"
+    best = f"best {100 * min(reached):.0f}% {what}" if reached else "none has reached the goal"
+    return f"{len(trials)} candidates, {best}"
+
+
+def _best(tried: list[Tried], goal: Goal) -> Tried:
+    reached = [each for each in tried if each.fidelity >= goal.target]
+    if not reached:
+        closest = max(each.fidelity for each in tried)
+        unit = " dB" if goal.measure == "psnr" else ""
+        raise TuningError(
+            f"none of {len(tried)} candidates reached {goal}; the closest had {closest:.3g}{unit}. "
+            "Allow more time, or lower the target"
+        )
+    return min(reached, key=lambda each: each.cost)
+
+
+def _as_float(frames: Any) -> Tensor:
+    return torch.from_numpy(frames).float() / 255

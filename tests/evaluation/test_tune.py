@@ -1,0 +1,147 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worded import SIZE, pipeline
+
+import falloff
+from falloff.evaluation import study as studies
+from falloff.evaluation import tune as tuning
+from falloff.evaluation.candidates import Candidate, Space
+from falloff.evaluation.study import TuningError
+from falloff.evaluation.tune import Goal, Tried, tune
+from falloff.methods import METHODS
+from falloff.methods.base import Choices, Span
+
+CALL = {**SIZE, "height": 48, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return pipeline()
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that a frame of six tokens has several of."""
+    knobs = {
+        "sink_frames": Span(0, 1),
+        "block": Choices((2, 3, "auto")),
+        "decay": Span(0.05, 1.0, log=True),
+        "neighbour": Choices(("decayed", "full")),
+    }
+    monkeypatch.setattr(falloff.Radial, "knobs", knobs)
+
+
+def test_what_stays_dense_counts_as_whole() -> None:
+    candidate = Candidate(falloff.Radial(), falloff.Schedule(dense_first=0.25, dense_last=1, dense_layers=(1,)))
+    # of eight steps two and one stay dense, of the others one layer of two
+    assert candidate.mean({0: 0.5, 1: 0.1}, steps=8) == pytest.approx(3 / 8 + 5 / 8 * (0.5 + 1) / 2)
+
+
+def test_layers_that_lose_most_are_dense_first() -> None:
+    from optuna.trial import FixedTrial
+
+    space = Space([falloff.Radial], sensitive=[4, 0, 2, 1, 3, 5])
+    point = space.defaults(falloff.Radial)
+    assert point["radial.decay"] == falloff.Radial().decay
+    assert point["dense_first"] == falloff.Radial.schedule.dense_first
+    chosen = space.suggest(FixedTrial({**point, "radial.block": "2", "dense_layers": 2}))
+    assert chosen.method == falloff.Radial(block=2)
+    assert chosen.schedule.dense_layers == (0, 4)
+
+
+def test_recall_goal(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goal = Goal("recall", 0.8)
+    trials = tmp_path / "trials"
+    said: list[str] = []
+    found = tune(pipe, "a fox", goal=goal, seconds=1, trials=trials, say=said.append, **CALL)
+    reached = [each for each in found.tried if each.fidelity >= goal.target]
+    assert len(found.tried) >= 8
+    assert min(each.cost for each in found.tried) < 1
+    best = min(reached, key=lambda each: each.cost)
+    assert found.recipe.method == best.candidate.method
+    assert found.recipe.schedule == best.candidate.schedule
+    assert found.recipe.evidence["goal"] == "80.0% of attention kept"
+    assert found.recipe.evidence["compared"][-1]["settings"] == best.candidate.method.settings()
+    assert "candidates, best" in "".join(said)
+    assert not hasattr(pipe.transformer, "_falloff")
+    monkeypatch.setattr(tuning._Search, "compare", lambda search, best: found.comparison)
+    monkeypatch.setattr(tuning, "_run", lambda search, study, deadline: tuning._round(search, study))
+    again = tune(pipe, "a fox", goal=goal, seconds=1, trials=trials, **CALL)
+    assert again.tried[: len(found.tried)] == found.tried
+    assert len(again.tried) == len(found.tried) + tuning.AT_ONCE
+    assert len({str(each) for each in again.tried}) > len(found.tried)  # others than before
+    with pytest.raises(TuningError, match=r"trials of another search \(other goal\)"):
+        tune(pipe, "a fox", goal=Goal("recall", 0.9), seconds=1, trials=trials, **CALL)
+    found.recipe.save(tmp_path / "r.yaml")
+    assert falloff.Recipe.load(tmp_path / "r.yaml").method == best.candidate.method
+
+
+def test_psnr_goal(pipe: Any) -> None:
+    found = tune(pipe, ["a fox", "fox fox"], goal=Goal("psnr", 20.0), seconds=0.1, **CALL)
+    assert all(each.cost > 0 and each.fidelity > 0 for each in found.tried)
+    assert math.isfinite(found.comparison.methods[-1].psnr[0]) or found.comparison.methods[-1].effective_density == 1
+    assert min(found.comparison.methods[-1].psnr) > 10
+
+
+def test_nothing_reaches_the_goal(pipe: Any) -> None:
+    with pytest.raises(TuningError, match=r"candidates reached 300 dB PSNR; the closest had .* dB. Allow more time"):
+        tune(pipe, "a fox", goal=Goal("psnr", 300.0), seconds=0.1, **CALL)
+
+
+def test_the_cheapest_that_reaches_wins() -> None:
+    candidate = Candidate(falloff.Radial(), falloff.Schedule())
+    tried = [Tried(candidate, cost, fidelity) for cost, fidelity in ((0.9, 30), (0.7, 26), (0.6, 24), (0.8, 40))]
+    assert tuning._best(tried, Goal("psnr", 25)).cost == 0.7
+
+
+def test_settings_that_exclude_each_other_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = {"window": Choices(("band", "disc")), "order": Choices(("raster", "hilbert"))}
+    monkeypatch.setattr(falloff.Radial, "knobs", knobs)
+
+    class Judge:
+        space = Space([falloff.Radial], range(2))
+        goal = Goal("recall", 0.5)
+
+        def at_once(self) -> int:
+            return 30
+
+        def judge(self, candidates: list[Candidate]) -> list[tuple[float, float]]:
+            return [(0.5, 0.5)] * len(candidates)
+
+        def say(self, _: str) -> None: ...
+
+    with studies.opened(None, {}) as study:
+        tuning._round(Judge(), study)
+        judged, refused = len(studies.judged(study)), [t for t in study.trials if t.state.name == "FAIL"]
+    assert judged + len(refused) == 30
+    assert {(t.params["radial.window"], t.params["radial.order"]) for t in refused} == {("band", "hilbert")}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in METHODS.values() if kind.knobs])
+def test_defaults_lie_in_the_space(kind: type[falloff.Method]) -> None:
+    from optuna.trial import FixedTrial
+
+    space = Space([kind], range(6))
+    candidate = space.suggest(FixedTrial(space.defaults(kind)))  # which raises for values outside
+    assert candidate.method == kind()
+
+
+@pytest.mark.parametrize(
+    ("measure", "target", "words"),
+    [("recall", 1.5, "outside 0 to 1"), ("psnr", -3, "above 0"), ("recall", 0, "outside 0 to 1")],
+)
+def test_goals_are_checked(measure: Any, target: float, words: str) -> None:
+    with pytest.raises(TuningError, match=words):
+        Goal(measure, target)
+
+
+def test_methods_are_checked(pipe: Any) -> None:
+    with pytest.raises(TuningError, match="dense has nothing to tune; choose of radial"):
+        tune(pipe, "a fox", ["dense"], goal=Goal("psnr", 20), seconds=1)
+    with pytest.raises(ValueError, match="unknown method 'fast'"):
+        tune(pipe, "a fox", ["fast"], goal=Goal("psnr", 20), seconds=1)
+    with pytest.raises(TuningError, match="at least one prompt"):
+        tune(pipe, [], goal=Goal("psnr", 20), seconds=1)
