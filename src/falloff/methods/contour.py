@@ -102,14 +102,14 @@ class Contour(Method):
         tiles = Tiles.of(sequence.grid, tile, q_BHND.device)
         q_video, k_video = (grid_tokens(x, sequence) for x in (q_BHND, k_BHND))
         batch, heads, _, head_dim = q_video.shape
-        count, volume = tiles.index.shape
+        count, volume = tiles.token.shape
         exact = torch.promote_types(q_BHND.dtype, torch.float32)
         worth = torch.empty(batch, heads, count, count, dtype=exact, device=q_BHND.device)
         looked = tiles.spread(self.queries)
         row_bytes = WEIGHT_BYTES * looked.shape[1] * count * volume
         together = max(1, min(count, LOOK_BYTES // row_bytes))
         for group in groups_within(batch, heads, together * row_bytes, LOOK_BYTES):
-            keys = k_video[group][:, tiles.index.flatten()]
+            keys = k_video[group][:, tiles.token.flatten()]
             means = tiles.means(keys.to(exact))
             for first in range(0, count, together):
                 rows = looked[first : first + together]
@@ -132,7 +132,7 @@ class Tiles(NamedTuple):
     """The grid's tokens by tile, int64 [T, V], padded to the volume of a whole tile with tokens of its own that
     ``real``, bool [T, V], tells apart; ``sizes`` int64 [T]."""
 
-    index: Tensor
+    token: Tensor
     real: Tensor
     sizes: Tensor
 
@@ -146,13 +146,13 @@ class Tiles(NamedTuple):
 
     def spread(self, count: int) -> Tensor:
         """``count`` tokens of every tile, evenly spaced; tokens of smaller tiles come more than once: [T, count]."""
-        count = min(count, self.index.shape[1])
+        count = min(count, self.token.shape[1])
         place = (2 * torch.arange(count, device=self.sizes.device) + 1) * self.sizes[:, None] // (2 * count)
-        return self.index.gather(1, place)
+        return self.token.gather(1, place)
 
     def means(self, x_HMD: Tensor) -> Tensor:
-        """Means over tiles of tokens [H, T * V, D] in the order of ``index``: [H, T, D]."""
-        x = x_HMD.view(len(x_HMD), *self.index.shape, -1) * self.real[..., None]
+        """Means over tiles of tokens [H, T * V, D] in the order of ``token``: [H, T, D]."""
+        x = x_HMD.view(len(x_HMD), *self.token.shape, -1) * self.real[..., None]
         return x.sum(2) / self.sizes[:, None]
 
 
