@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         VSA,
         AdaSpa,
         Anchor,
+        Contour,
         Full,
         Hyper,
         Method,
@@ -46,6 +47,7 @@ __all__ = [
     "AdaSpa",
     "Anchor",
     "BlockMap",
+    "Contour",
     "Full",
     "Goal",
     "Grid",
@@ -85,6 +87,7 @@ _HOME = {
     "falloff.methods": (
         "AdaSpa",
         "Anchor",
+        "Contour",
         "Full",
         "Hyper",
         "Method",

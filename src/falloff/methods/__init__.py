@@ -8,6 +8,7 @@ from typing import Any
 from falloff.methods.adaspa import AdaSpa
 from falloff.methods.anchor import Anchor
 from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.contour import Contour
 from falloff.methods.full import Full
 from falloff.methods.hyper import Hyper
 from falloff.methods.pbs import PBS
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         Full,
         Radial,
+        Contour,
         SVG1,
         SVG2,
         AdaSpa,
@@ -65,6 +67,7 @@ __all__ = [
     "AdaSpa",
     "Anchor",
     "Call",
+    "Contour",
     "Dense",
     "Full",
     "Hyper",

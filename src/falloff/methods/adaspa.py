@@ -60,16 +60,14 @@ class AdaSpa(Method):
             raise ValueError(f"recall = {self.recall} is outside 0.0 to 1.0")
         if not isinstance(self.block, int) or self.block < 1:
             raise ValueError(f"block = {self.block!r} must be a number of tokens of at least 1")
-        every = self.search_every
-        if isinstance(every, bool) or every <= 0 or (isinstance(every, float) and every > 1.0):
-            raise ValueError(f"search_every = {every!r} must be at least 1 step, or a share of them above 0.0 to 1.0")
+        check_every("search_every", self.search_every)
 
     @torch.no_grad()
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         """The layer's last plan until a search is due; without a known step, that of the first call."""
         shape = (call.sequence, q_BHND.shape, q_BHND.device)
         kept = state.values if state.values.get("shape") == shape else {}
-        if kept and not self._due(call, kept["step"]):
+        if kept and not due(call, kept["step"], self.search_every):
             plan: Plan = kept["plan"]
             return plan
         blocks = UniformBlocks(call.sequence, self.block)
@@ -80,13 +78,6 @@ class AdaSpa(Method):
         plan = uniform_plan(blocks, blocks, self._select(mass))
         state.values = {"shape": shape, "step": call.step, "lse": lse, "plan": plan}
         return plan
-
-    def _due(self, call: Call, searched: int | None) -> bool:
-        if call.step is None or searched is None:
-            return False
-        if isinstance(self.search_every, float) and call.steps is None:
-            return False
-        return call.step >= searched + max(1, count(self.search_every, call.steps or 0))
 
     def _select(self, mass_BHTT: Tensor) -> Tensor:
         """Which pairs of blocks are computed: equally many in every row of a head, bool [B, H, T, T]."""
@@ -104,6 +95,21 @@ class AdaSpa(Method):
         for group in groups:
             on[group] = topk(mass_BHTT[group], budget[group][:, None, None])
         return on
+
+
+def due(call: Call, before: int | None, every: int | float) -> bool:
+    """Whether ``every`` steps, or that share of all steps, have passed since step ``before``, where that is known."""
+    if call.step is None or before is None:
+        return False
+    if isinstance(every, float) and call.steps is None:
+        return False
+    return call.step >= before + max(1, count(every, call.steps or 0))
+
+
+def check_every(field: str, every: int | float) -> None:
+    """Raise ``ValueError`` unless it is a number of steps or a share of them."""
+    if isinstance(every, bool) or every <= 0 or (isinstance(every, float) and every > 1.0):
+        raise ValueError(f"{field} = {every!r} must be at least 1 step, or a share of them above 0.0 to 1.0")
 
 
 def head_sparsity(recall_BH: Tensor, sparsity: float, enough: float) -> Tensor:
