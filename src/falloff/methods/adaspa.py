@@ -11,6 +11,7 @@ first. Text is always computed, and is in no sum.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from falloff.kernels.groups import groups_within
 from falloff.kernels.product import product
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import NOT_FINITE, UniformBlocks, uniform_plan
 from falloff.methods.select import topk
 from falloff.plan import Plan
@@ -46,6 +47,12 @@ class AdaSpa(Method):
     """
 
     name: ClassVar[str] = "adaspa"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "sparsity": Span(0.3, 0.95),
+        "block": Choices((32, 64, 128)),
+        "recall": Span(0.5, 1.0),
+        "search_every": Choices((0.2, 0.4, 1.0)),
+    }
     schedule: ClassVar[Schedule] = Schedule(dense_first=0.2, dense_layers=())
 
     sparsity: float = 0.8

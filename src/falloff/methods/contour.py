@@ -18,6 +18,7 @@ decides and the means, and from Sparse VideoGen2 neither its clusters nor their 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -28,8 +29,8 @@ from falloff.geometry import Grid, Sequence, tile_order
 from falloff.kernels.groups import groups_within
 from falloff.kernels.product import product
 from falloff.methods.adaspa import check_every, due
-from falloff.methods.base import Call, Dense, Method, State
-from falloff.methods.layout import NOT_FINITE, Tile, check_count, three, tile_plan
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
+from falloff.methods.layout import NOT_FINITE, Tile, check_count, check_share, three, tile_plan
 from falloff.methods.pinned import grid_tokens
 from falloff.methods.pooling import tile_sizes
 from falloff.plan import Plan
@@ -57,6 +58,11 @@ class Contour(Method):
     """
 
     name: ClassVar[str] = "contour"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "density": Span(0.03, 0.5, log=True),
+        "tile": Choices(("auto", (4, 4, 4), (2, 4, 8), (2, 4, 4), (1, 8, 8))),
+        "look_every": Choices((0.2, 0.4, 1.0)),
+    }
     schedule: ClassVar[Schedule] = Schedule(dense_first=0.25, dense_layers=())
 
     density: float = 0.2
@@ -66,8 +72,7 @@ class Contour(Method):
     summary: bool = True
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density = {self.density} must be above 0 and at most 1")
+        check_share("density", self.density)
         if self.tile != "auto":
             object.__setattr__(self, "tile", three("tile", self.tile, "tokens"))
         check_count("queries", self.queries, "queries")

@@ -5,13 +5,14 @@ Generalises the choice of Sparse VideoGen (arXiv:2502.01776, section 4.2) from i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.radial import Radial
 from falloff.methods.routing import output_errors, route, sampled_queries
 from falloff.methods.svg1 import SVG1
@@ -33,6 +34,7 @@ class Router(Method):
 
     name: ClassVar[str] = "router"
     needs_frames: ClassVar[bool] = True
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {"tolerance": Span(0.0, 0.3), "rows": Choices((16, 64))}
 
     candidates: tuple[Candidate, ...] = field(default=(Radial(), SVG1()))
     tolerance: float = 0.0

@@ -12,6 +12,7 @@ call: the one whose output is nearer to dense attention's.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from falloff.geometry import Grid, Sequence
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import UniformBlocks, uniform_plan
 from falloff.methods.routing import output_errors, route, sampled_queries
 from falloff.plan import Plan
@@ -37,6 +38,11 @@ class SVG1(Method):
 
     name: ClassVar[str] = "svg1"
     needs_frames: ClassVar[bool] = True
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "density": Span(0.05, 0.6),
+        "block": Choices((32, 64, 128)),
+        "sink_frames": Span(0, 2),
+    }
 
     density: float = 0.3
     block: int = 128

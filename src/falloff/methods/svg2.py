@@ -14,6 +14,7 @@ means would answer worst, and those skipped answer by their means instead of not
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from falloff.kernels.groups import groups_within
-from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.ear import KEY_BYTES, error_per_pair, spend
 from falloff.methods.kmeans import Clusters, first_centroids, kmeans
 from falloff.methods.layout import NOT_FINITE
@@ -54,6 +55,15 @@ class SVG2(Method):
     """
 
     name: ClassVar[str] = "svg2"
+    knobs: ClassVar[Mapping[str, Span | Choices]] = {
+        "mass": Span(0.1, 0.98),
+        "min_share": Span(0.0, 0.3),
+        "q_clusters": Choices(("auto", 32, 64, 128)),
+        "k_clusters": Choices(("auto", 64, 128, 256, 512)),
+        "stride": Choices((1, 2, 4)),
+        "span": Choices((0, 1, 2, 4)),
+        "summary": Choices((False, True)),
+    }
     schedule: ClassVar[Schedule] = Schedule(dense_first=0.3)
 
     q_clusters: int | Literal["auto"] = "auto"
