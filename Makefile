@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint matrix figures clean
+.PHONY: demo test lint matrix figures models clean
 
 demo: $(VENV)/.ready
 	$(BIN)/falloff compare --output outputs/demo
@@ -17,6 +17,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/figures.py --check
+	$(BIN)/python benchmarks/models.py --check
 
 # Tests of the seam with diffusers under every supported version, in environments of their own. Takes long.
 matrix: $(VENV)/.ready
@@ -25,6 +26,10 @@ matrix: $(VENV)/.ready
 # Rewrites the tables of README.md from the committed results in benchmarks/results.
 figures: $(VENV)/.ready
 	$(BIN)/python benchmarks/figures.py
+
+# Tests every family of models, and rewrites docs/models.md from what passed.
+models: $(VENV)/.ready
+	$(BIN)/python benchmarks/models.py --test
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "falloff needs Python 3.10 or newer; set PYTHON=")'

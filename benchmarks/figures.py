@@ -1,4 +1,4 @@
-"""Write the README's tables from the committed results; ``--check`` only tells whether they are up to date.
+"""Write the tables of README and docs from the committed results; ``--check`` only tells whether they are up to date.
 
 python benchmarks/figures.py
 """
@@ -9,14 +9,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md")))
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -24,9 +24,10 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def source(result: dict[str, Any], path: Path) -> str:
+def source(result: dict[str, Any], path: Path, start: str = "") -> str:
+    """Where figures come from. ``start``: the way from the page to the repository's root."""
     machine = result["machine"]
-    link = path.relative_to(ROOT)
+    link = f"{start}{path.relative_to(ROOT)}"
     return (
         f"[{path.name}]({link}): {machine['processor']}, {machine['threads']} threads, "
         f"{machine['vector instructions']}, torch {result['versions']['torch']}."
@@ -114,35 +115,83 @@ def attention_figures() -> str:
     return "\n\n".join([table(head, rows), *(reasons if refused else []), source(result, path)])
 
 
+def methods_figures() -> str:
+    """Every method at one density, best first."""
+    parts = []
+    for path, result in method_results():
+        arms = sorted(result["methods"], key=lambda arm: -fmean(map(float, arm["psnr"])))
+        parts += [
+            f"**{result['call_arguments']['num_frames']} frames**, the first quarter of the steps dense:",
+            table(METHOD_HEAD, [method_row(arm) for arm in arms]),
+            source(result, path, "../../"),
+        ]
+    return "\n\n".join(parts)
+
+
+def method_figures(name: str) -> str:
+    """One method's rows."""
+    rows, sources = [], []
+    for path, result in method_results():
+        frames = result["call_arguments"]["num_frames"]
+        found = [arm for arm in result["methods"] if arm["method"] == name]
+        rows += [[f"{frames} frames, {row[0]}", *row[1:]] for row in map(method_row, found)]
+        sources.append(source(result, path, "../../"))
+    return table(METHOD_HEAD, rows) + "\n\n" + "\n".join(sources)
+
+
+METHOD_HEAD = ["method", "density", "effective", "attention kept", "PSNR", "speed-up", "planning, of the time"]
+
+
+def method_results() -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted(RESULTS.glob("methods-miniature-*.json")):
+        yield path, json.loads(path.read_text())
+
+
+def method_row(arm: dict[str, Any]) -> list[str]:
+    return [
+        arm["label"],
+        f"{arm['density']:.1%}",
+        f"{arm['effective_density']:.1%}",
+        f"{arm['recall']:.1%}",
+        decibels(arm["psnr"]),
+        f"{arm['speedup']:.2f}x",
+        f"{arm['plan_seconds'] / fmean(arm['seconds']):.1%}",
+    ]
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "miniature": miniature_figures,
     "quality": quality_figures,
     "plan": plan_figures,
     "attention": attention_figures,
+    "methods": methods_figures,
 }
+MARKS = re.compile(r"(<!-- figures:(\w+)(?: (\w+))? -->\n).*?(<!-- /figures -->)", re.DOTALL)
+"""A place for figures; a second word is what they are of."""
 
 
 def filled(text: str) -> str:
     """The text with every marked stretch replaced by its figures."""
-    for name, figures in FIGURES.items():
-        marks = re.compile(rf"(<!-- figures:{name} -->\n).*?(<!-- /figures -->)", re.DOTALL)
-        if not marks.search(text):
-            raise SystemExit(f"{README.name} has no place marked for the figures {name!r}")
-        body = figures()
-        text = marks.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
-    return text
+
+    def fill(found: re.Match[str]) -> str:
+        start, name, of_what, end = found.groups()
+        body = method_figures(of_what) if name == "method" else FIGURES[name]()
+        return f"{start}{body}\n{end}"
+
+    return MARKS.sub(fill, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when the tables are out of date")
     check = parser.parse_args().check
-    before = README.read_text()
-    after = filled(before)
-    if check and before != after:
-        sys.exit(f"{README.name} is out of date with benchmarks/results; run make figures")
-    if not check:
-        README.write_text(after)
+    for page in PAGES:
+        before = page.read_text()
+        after = filled(before)
+        if check and before != after:
+            sys.exit(f"{page.relative_to(ROOT)} is out of date with benchmarks/results; run make figures")
+        if not check:
+            page.write_text(after)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -49,6 +49,11 @@ class Family:
                 elif "to_q" in name or "to_k" in name:
                     parameter.mul_(3.0)
         return model
+
+    def shallow(self) -> Family:
+        """The family with as few layers as its class can have one by one."""
+        counts = ("num_layers", "num_visual_blocks", "inject_face_latents_blocks")
+        return replace(self, config={**self.config, **{name: 1 for name in counts if name in self.config}})
 
     def arguments(self, grid: Size, batch: int = 1, seed: int = 0, **more: Any) -> dict[str, Any]:
         return {**self.inputs(Random(seed), grid, batch), "return_dict": False, **more}

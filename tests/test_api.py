@@ -100,8 +100,10 @@ def test_bad_settings_are_refused_at_the_door(
 def test_things_that_are_no_video_transformer_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="expected a diffusers pipeline or transformers, got int"):
         falloff.enable(3, "radial")
-    with pytest.raises(UnsupportedModelError, match="SimpleNamespace has no transformer"):
-        falloff.enable(SimpleNamespace(components={}), "radial")
+    with pytest.raises(
+        UnsupportedModelError, match=r"SimpleNamespace has no transformer.* and this pipeline has unet$"
+    ):
+        falloff.enable(SimpleNamespace(components={"unet": object(), "vae": None}), "radial")
     with pytest.raises(UnsupportedModelError, match="model class Linear"):
         falloff.enable(torch.nn.Linear(1, 1), "radial")
 

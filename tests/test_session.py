@@ -162,6 +162,27 @@ def test_a_run_forgets_the_one_before() -> None:
     assert report.density == report.effective_density == 1.0
 
 
+def test_state_is_shared_between_layers_and_forgotten_by_the_next_run() -> None:
+    seen: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counting(tiny.Frames):
+        static: ClassVar[bool] = False
+
+        def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Any:
+            state.values["own"] = state.values.get("own", 0) + 1
+            state.shared["all"] = state.shared.get("all", 0) + 1
+            seen.append((dict(state.values), dict(state.shared)))
+            return super().plan(call, q_BHND, k_BHND, v_BHND, state)
+
+    here = session(Counting())
+    for layer in (0, 0, 1):
+        attend(here, Grid(3, 2, 2), Seat(model=0, layer=layer, layers=2))
+    here.begin(Position(run=1), CPU)
+    attend(here, Grid(3, 2, 2))
+    assert seen == [({"own": n}, {"all": m}) for n, m in ((1, 1), (2, 2), (1, 3), (1, 1))]
+
+
 def test_failing_method_is_named_with_its_call() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Broken(Method):

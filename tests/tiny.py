@@ -57,6 +57,23 @@ class Frames(Method):
         return Plan(q_len=n, kv_len=n, q_sizes=each, kv_sizes=each, blocks=BlockMap.from_dense(blocks))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Band(Method):
+    """Blocks of ``block`` tokens, whatever they are, that see themselves and their neighbours."""
+
+    name: ClassVar[str] = "band"
+    static: ClassVar[bool] = True
+    schedule: ClassVar[Schedule] = ALWAYS
+
+    block: int = 32
+
+    def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan:
+        n = call.sequence.tokens
+        place = torch.arange(-(-n // self.block))
+        blocks = BlockMap.from_dense((place[:, None] - place).abs() <= 1)
+        return Plan(q_len=n, kv_len=n, q_sizes=self.block, kv_sizes=self.block, blocks=blocks)
+
+
 FULL = Frames(seen=99)
 """Every block on; through our kernels where one is named."""
 

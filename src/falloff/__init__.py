@@ -13,8 +13,25 @@ if TYPE_CHECKING:
     from falloff.evaluation.compare import compare
     from falloff.evaluation.tune import Goal, tune
     from falloff.geometry import Grid, Sequence
+    from falloff.hosts.backend import register_diffusers_backend
     from falloff.hosts.sdpa import sdpa
-    from falloff.methods import PBS, VSA, Anchor, Full, Hyper, Method, Radial, SlidingTile, SpargeAttn, XAttention
+    from falloff.methods import (
+        PBS,
+        SVG1,
+        SVG2,
+        VSA,
+        AdaSpa,
+        Anchor,
+        Contour,
+        Full,
+        Hyper,
+        Method,
+        Radial,
+        Router,
+        SlidingTile,
+        SpargeAttn,
+        XAttention,
+    )
     from falloff.methods.presets import PRESETS, preset
     from falloff.plan import BlockMap, Plan
     from falloff.recipe import Recipe, RecipeError
@@ -24,9 +41,13 @@ if TYPE_CHECKING:
 __all__ = [
     "PBS",
     "PRESETS",
+    "SVG1",
+    "SVG2",
     "VSA",
+    "AdaSpa",
     "Anchor",
     "BlockMap",
+    "Contour",
     "Full",
     "Goal",
     "Grid",
@@ -37,6 +58,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "Router",
     "Schedule",
     "Sequence",
     "SlidingTile",
@@ -48,6 +70,7 @@ __all__ = [
     "enable",
     "plan_for",
     "preset",
+    "register_diffusers_backend",
     "report",
     "sdpa",
     "tune",
@@ -59,18 +82,24 @@ _HOME = {
     "falloff.evaluation.compare": ("compare",),
     "falloff.evaluation.tune": ("Goal", "tune"),
     "falloff.geometry": ("Grid", "Sequence"),
+    "falloff.hosts.backend": ("register_diffusers_backend",),
     "falloff.hosts.sdpa": ("sdpa",),
     "falloff.methods": (
+        "AdaSpa",
+        "Anchor",
+        "Contour",
         "Full",
+        "Hyper",
         "Method",
+        "PBS",
         "Radial",
+        "Router",
+        "SVG1",
+        "SVG2",
         "SlidingTile",
-        "XAttention",
         "SpargeAttn",
         "VSA",
-        "PBS",
-        "Hyper",
-        "Anchor",
+        "XAttention",
     ),
     "falloff.methods.presets": ("PRESETS", "preset"),
     "falloff.plan": ("BlockMap", "Plan"),

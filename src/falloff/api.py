@@ -152,7 +152,10 @@ def _models(pipe: Any) -> list[nn.Module]:
     else:
         raise UnsupportedModelError(f"expected a diffusers pipeline or transformers, got {type(pipe).__name__}")
     if not found:
-        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer to attach to")
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} has no transformer to attach to: falloff looks for {' and '.join(TRANSFORMERS)}, "
+            f"and this pipeline has {', '.join(_parts(pipe)) or 'nothing'}"
+        )
     return [getattr(model, "_orig_mod", model) for model in found]
 
 
@@ -164,6 +167,11 @@ def _check_frames(method: Method, hosts: list[Host]) -> None:
                 f"{method.name} leaves out pairs of frames, and {host.family} makes images, which have none; "
                 f"methods for images: {others}"
             )
+
+
+def _parts(pipe: Any) -> list[str]:
+    """Names of what a pipeline is made of."""
+    return [name for name, part in getattr(pipe, "components", {}).items() if part is not None]
 
 
 def _is_pipeline(pipe: Any) -> bool:

@@ -120,6 +120,8 @@ class Plan:
     ``q_sizes`` / ``kv_sizes``: an int for uniform blocks with a shorter last one, or int64 [T] or
     [B|1, H|1, T] sizes that sum to N, zero allowed. ``blocks``: the map; each of its blocks is computed whole.
     A ``partial`` plan (one branch of a merge) may have queries that see nothing: they give 0 and LSE -inf.
+    With ``summary`` a block that a query does not see still answers it, as one key and value: the means over its m
+    tokens, at their logit plus log(m). Those pairs do not count as computed.
 
     Raises ``PlanError`` when these do not fit together. Checked once here, trusted by kernels.
     """
@@ -132,6 +134,7 @@ class Plan:
     q_order: Tensor | None = None
     kv_order: Tensor | None = None
     partial: bool = False
+    summary: bool = False
 
     def __post_init__(self) -> None:
         batch, heads, q_blocks, kv_blocks = self.blocks.shape
@@ -165,9 +168,13 @@ class Plan:
         return self.pairs / (maps * self.q_len * self.kv_len)
 
     def flops(self, *, batch: int, heads: int, head_dim: int) -> int:
-        """Multiply-adds of both products over the computed pairs, counted twice each (4 D a pair)."""
+        """Multiply-adds of both products over the computed pairs, counted twice each (4 D a pair).
+
+        A summary adds a pair for every query and block of the other side.
+        """
         maps = self.blocks.shape[0] * self.blocks.shape[1]
-        return 4 * head_dim * self.pairs * batch * heads // maps
+        summaries = maps * self.q_len * self.blocks.shape[3] if self.summary else 0
+        return 4 * head_dim * (self.pairs + summaries) * batch * heads // maps
 
     def mask(self) -> Tensor:
         """The computed token pairs in the given (unpermuted) order, bool [B|1, H|1, Nq, Nkv]. For small N."""
@@ -175,16 +182,28 @@ class Plan:
 
     def keys_seen(self, rows: Tensor) -> Tensor:
         """The keys that the queries int64 [R] are computed with, in the given order, bool [B|1, H|1, R, Nkv]."""
-        batch, heads, _, kv_blocks = self.blocks.shape
-        q_block = _block_of(self.q_sizes_BHT(), self.q_order, self.q_len, (batch, heads))[..., rows]
-        kv_block = _block_of(self.kv_sizes_BHT(), self.kv_order, self.kv_len, (batch, heads))
-        seen = self.blocks.dense().gather(2, q_block[..., None].expand(batch, heads, len(rows), kv_blocks))
-        return seen.gather(3, kv_block[:, :, None].expand(batch, heads, len(rows), self.kv_len))
+        seen = self.blocks_seen(self.q_block_of()[..., rows])
+        kv_block = self.kv_block_of()[..., None, :].expand(*seen.shape[:3], self.kv_len)
+        return seen.gather(3, kv_block)
+
+    def blocks_seen(self, q_block: Tensor) -> Tensor:
+        """The key blocks that query blocks int64 [B|1, H|1, R] see: bool [B|1, H|1, R, Tk]."""
+        return self.blocks.dense().gather(2, q_block[..., None].expand(*q_block.shape, self.blocks.shape[3]))
+
+    def q_block_of(self) -> Tensor:
+        """The block of every query in the given order, int64 [B|1, H|1, Nq]."""
+        return _block_of(self.q_sizes_BHT(), self.q_order, self.q_len, self.blocks.shape[:2])
+
+    def kv_block_of(self) -> Tensor:
+        """The block of every key in the given order, int64 [B|1, H|1, Nkv]."""
+        return _block_of(self.kv_sizes_BHT(), self.kv_order, self.kv_len, self.blocks.shape[:2])
 
     def refine(self, size: int) -> Plan:
         """The same pairs at a smaller uniform block size, which must divide both of the plan's."""
         if not isinstance(self.q_sizes, int) or not isinstance(self.kv_sizes, int):
             raise PlanError("only uniform blocks can be refined")
+        if self.summary:
+            raise PlanError("smaller blocks have other means; a plan with a summary cannot be refined")
         if self.q_sizes % size or self.kv_sizes % size:
             raise PlanError(f"blocks of {self.q_sizes} x {self.kv_sizes} cannot be cut into blocks of {size}")
         fine = self.blocks.dense().repeat_interleave(self.q_sizes // size, 2)

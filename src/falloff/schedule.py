@@ -42,6 +42,12 @@ class Schedule:
             return "dense last step"
         return None
 
+    def sparse_later(self, *, layer: int, step: int | None, steps: int | None) -> bool:
+        """Whether this layer is in the run's dense first steps, with steps after them that are not dense."""
+        if layer in self.dense_layers or step is None or steps is None:
+            return False
+        return step < count(self.dense_first, steps) < steps - count(self.dense_last, steps)
+
 
 def count(amount: int | float, steps: int) -> int:
     """A number of steps, from a number or a share of all ``steps``."""

@@ -11,13 +11,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from falloff import kernels
+from falloff import kernels, sanity
 from falloff.geometry import Grid, Sequence
 from falloff.kernels.masks import mask_fault, valid_keys
+from falloff.kernels.needs import differentiable
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.plan import Plan
 from falloff.reporting import Record, Report, Stopwatch
@@ -31,6 +33,10 @@ RECORDS_KEPT = 100_000
 
 class MethodError(RuntimeError):
     """A method failed to plan a call; says which, and its cause says why."""
+
+
+class RehearsalError(RuntimeError):
+    """What later steps of a run will do failed when it was tried before the first; its cause says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +84,16 @@ class Session:
         self.timing = timing
         self.position = Position(run=-1)
         self._plans: dict[tuple[Sequence, torch.device], Plan | Dense] = {}
+        self._rehearsed: WeakKeyDictionary[Plan, set[torch.dtype]] = WeakKeyDictionary()
         self._states: dict[tuple[int, int, str | None], State] = {}
+        self._shared: dict[Any, Any] = {}
         self._calls: deque[tuple[dict[str, Any], Stopwatch | None]] = deque(maxlen=RECORDS_KEPT)
         self._forwards: deque[Stopwatch] = deque(maxlen=RECORDS_KEPT)
         self._last_plan: Plan | None = None
         self._last_choice: kernels.Choice | None = None
         self._stays_dense: str | None = None
+        self._looked_at: set[tuple[int, int]] = set()
+        self._looks: list[sanity.Look] = []
         self._share = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -100,9 +110,12 @@ class Session:
         """
         if position.run != self.position.run:
             self._states.clear()
+            self._shared.clear()
             self._calls.clear()
             self._forwards.clear()
+            self._looked_at.clear()
             self._last_plan = self._last_choice = None
+        self._looks.clear()
         self.position = position
         self._stays_dense = stays_dense
         self._share = share
@@ -110,9 +123,11 @@ class Session:
             self._forwards.append(Stopwatch(device))
 
     def end(self) -> None:
-        """The root forward is over."""
+        """The root forward is over. Raises ``OutputError`` when a layer put out what attention cannot."""
         if self._forwards:
             self._forwards[-1].stop()
+        looks, self._looks = self._looks, []
+        sanity.judge(looks)
 
     def attend(
         self,
@@ -131,8 +146,17 @@ class Session:
         ``mask``: as for PyTorch's attention. A plan is made only where it is over keys alone, bool [B, 1, 1, S].
         """
         started = time.perf_counter()
-        plan = self._decide(seat, grid, q_BSHD, k_BSHD, v_BSHD, mask)
+        sequence = self._sequence(seat, grid, q_BSHD, k_BSHD, mask)
+        plan: Plan | Dense
+        ahead: Plan | None
+        if isinstance(sequence, Dense):
+            plan, ahead = sequence, None
+        else:
+            plan = self._decide(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+            ahead = self._plan_ahead(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
         note: dict[str, Any] = {"plan_seconds": time.perf_counter() - started}
+        if ahead is not None:
+            self._rehearse(ahead, seat, q_BSHD, k_BSHD, v_BSHD, mask, scale)
         watch = Stopwatch(q_BSHD.device) if self.timing else None
         if isinstance(plan, Dense):
             out = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
@@ -142,6 +166,9 @@ class Session:
             note.update(density=plan.density, kernel=choice.name, reason=None)
             self._last_plan, self._last_choice = plan, choice
         self._note(seat, note, watch.stop() if watch else None)
+        if not isinstance(plan, Dense) and (seat.model, seat.layer) not in self._looked_at:
+            self._looked_at.add((seat.model, seat.layer))
+            self._look(seat, choice, q_BSHD, k_BSHD, v_BSHD, out)
         return out, not isinstance(plan, Dense)
 
     def attend_again(
@@ -193,9 +220,15 @@ class Session:
 
         A plan that leaves nothing out is the model's own attention, unless the user wants a certain kernel.
         """
-        if self.kernel == "auto" and plan.density == 1:
+        if self._leaves_nothing_out(plan):
             choice = kernels.Choice(dense.name(), "the plan leaves nothing out: the model's own attention", ())
             return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), choice
+        return self._compute(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale)
+
+    def _compute(
+        self, plan: Plan, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, scale: float | None
+    ) -> tuple[Tensor, kernels.Choice]:
+        """The output [B, S, H, D] of a plan by a kernel, and which one."""
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         valid = valid_keys(mask, len(q))
         out, _, choice = kernels.dispatch(
@@ -203,9 +236,13 @@ class Session:
         )
         return out.transpose(1, 2), choice
 
-    def _decide(
-        self, seat: Seat, grid: Grid | None, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None
-    ) -> Plan | Dense:
+    def _leaves_nothing_out(self, plan: Plan) -> bool:
+        return self.kernel == "auto" and plan.density == 1
+
+    def _sequence(
+        self, seat: Seat, grid: Grid | None, q_BSHD: Tensor, k_BSHD: Tensor, mask: Tensor | None
+    ) -> Sequence | Dense:
+        """The tokens of a call, or why it has none that a method could plan for."""
         if self._stays_dense is not None:
             return Dense(self._stays_dense)
         if grid is None:
@@ -218,14 +255,66 @@ class Session:
         text = tokens - grid.tokens
         if text < 0 or (text > 0 and seat.text_side is None):
             return Dense(f"{tokens} tokens do not fit the grid {grid} of {grid.tokens}")
+        return _sequence(seat, grid, tokens)
+
+    def _decide(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Plan | Dense:
         where = self.position
         reason = self.schedule.reason(layer=seat.layer, step=where.step, steps=where.steps)
         if reason is not None:
             return Dense(reason)
-        sequence = _sequence(seat, grid, tokens)
         if self.method.static:
             return self._cached_plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
         return self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+
+    def _plan_ahead(
+        self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
+    ) -> Plan | None:
+        """The plan of later steps, in the dense first ones; once for every size, device and type."""
+        where = self.position
+        if not self.method.static or not self.schedule.sparse_later(
+            layer=seat.layer, step=where.step, steps=where.steps
+        ):
+            return None
+        plan = self._cached_plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+        if isinstance(plan, Dense) or self._leaves_nothing_out(plan) or q_BSHD.dtype in self._rehearsed.get(plan, ()):
+            return None
+        return plan
+
+    def _rehearse(
+        self,
+        plan: Plan,
+        seat: Seat,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """Run a plan on the first sample of a dense call, so that a fault shows before minutes are spent."""
+        q, k, v = (x[:1].detach().requires_grad_(x.requires_grad) for x in (q_BSHD, k_BSHD, v_BSHD))
+        try:
+            out, choice = self._compute(plan, q, k, v, None if mask is None else mask[:1], scale)
+        except Exception as error:  # whatever a kernel raises, the user must learn what was tried
+            raise RehearsalError(
+                f"falloff tried the sparse attention of later steps before the first one, with {self.method.name} and "
+                f"kernel={self.kernel!r} in {self._words(seat, q)}, and it failed: {error}. Choose another "
+                "kernel (see falloff doctor) or method, or falloff.disable"
+            ) from error
+        self._rehearsed.setdefault(plan, set()).add(q.dtype)
+        self._look(seat, choice, q, k, v, out)
+
+    def _look(
+        self, seat: Seat, choice: kernels.Choice, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, out: Tensor
+    ) -> None:
+        """Remember to judge this call when the forward is over. In training the loss tells, so nobody waits for it."""
+        if not differentiable(q_BSHD, k_BSHD, v_BSHD):
+            self._looks.append(sanity.look(self._words(seat, q_BSHD), choice.name, q_BSHD, k_BSHD, v_BSHD, out))
+
+    def _words(self, seat: Seat, q_BSHD: Tensor) -> str:
+        where = self.position
+        return (
+            f"layer {seat.layer}, step {where.step}, branch {where.branch}, {q_BSHD.shape[1]} tokens in {q_BSHD.dtype}"
+        )
 
     def _cached_plan(
         self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
@@ -249,7 +338,7 @@ class Session:
             branch=where.branch,
             first_head=self._share * q_BSHD.shape[2],
         )
-        state = self._states.setdefault((seat.model, seat.layer, where.branch), State())
+        state = self._states.setdefault((seat.model, seat.layer, where.branch), State(shared=self._shared))
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         try:
             plan = self.method.plan(call, q, k, v, state)

@@ -6,6 +6,8 @@ import pytest
 from falloff.evaluation.comparison import Arm, Comparison, MethodArm, Pair
 from falloff.evaluation.decay import DecayCurve, fit
 from falloff.evaluation.video import encode
+from falloff.reporting import Record
+from falloff.reporting.picture import picture
 
 
 def clip(shift: float, frames: int = 9, side: int = 64) -> bytes:
@@ -20,6 +22,26 @@ def curve(axis: str, a: float) -> DecayCurve:
     mean = 0.1 * np.exp(-a * x) * wobble
     layers = [(mean * scale).tolist() for scale in (0.4, 0.8, 1.8)]
     return DecayCurve(axis, x.tolist(), mean.tolist(), layers, fit(x, mean), 1 / 1088)
+
+
+def run_picture() -> str:
+    return picture([record(step, layer) for step in range(8) for layer in range(6)])
+
+
+def record(step: int, layer: int) -> Record:
+    reason = "dense first step" if step < 2 else "dense layer" if layer == 0 else None
+    return Record(
+        run=0,
+        step=step,
+        model=0,
+        layer=layer,
+        branch="cond",
+        density=0.341 if reason is None else 1.0,
+        kernel="cpu" if reason is None else "native",
+        reason=reason,
+        plan_seconds=0.0,
+        attention_seconds=0.001,
+    )
 
 
 def method_arm(label: str, seconds: float, psnr: float, shift: float) -> MethodArm:
@@ -47,6 +69,7 @@ def method_arm(label: str, seconds: float, psnr: float, shift: float) -> MethodA
         kernels={"cpu": 480},
         reasons={"dense first step": 120, "dense layer": 60},
         block_map=(near * 255).astype(np.uint8),
+        run_picture=run_picture(),
     )
 
 

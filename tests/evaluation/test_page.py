@@ -13,7 +13,7 @@ from falloff.evaluation.comparison import Comparison
 def test_page_is_self_contained(comparison: Comparison) -> None:
     page = report.html(comparison)
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", page)
-    assert not re.findall(r"url\(|@import|https?://", page)
+    assert not re.findall(r"url\((?!#)|@import|https?://(?!www\.w3\.org/2000/svg)", page)
     assert page.count("<video") == 6
     assert "$" not in re.sub(r"base64,[^\"]*", "", page)
 
@@ -105,6 +105,12 @@ def test_map_is_opaque_where_computed() -> None:
     uri = charts.block_map_png(np.array([[255, 0], [128, 255]], np.uint8))
     image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert np.asarray(image)[..., 3].tolist() == [[255, 0], [128, 255]]
+
+
+def test_page_draws_every_layer_of_every_step(comparison: Comparison) -> None:
+    page = report.html(comparison)
+    assert page.count("falloff-run") >= 2
+    assert "layer 1, steps 2 to 7: 34.1% of the pairs, cpu, 1 ms a call" in page
 
 
 def test_pareto_front_keeps_what_none_beats() -> None:

@@ -143,24 +143,21 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 small = st.sampled_from([1, 1, 2, 3, 5, 7])
 
 
-def odd_grid(name: str, sparsified: nn.Module, examples: int) -> None:
-    family, model = FAMILIES[name], shared(name)
+def test_odd_grids(name: str) -> None:
+    """Our kernel agrees with the reference: blocks cut through frames, rows and text, and some hold all tokens."""
+    family = FAMILIES[name].shallow()
+    ours, theirs = (falloff.enable(family.build(), tiny.Band(), kernel=kernel) for kernel in ("cpu", "reference"))
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=50 if name in VARIANTS else 200, deadline=None, derandomize=True, database=None)
     @given(grid=st.tuples(small, small, small), batch=st.integers(1, 3), seed=st.integers(0, 99))
     def check(grid: tuple[int, int, int], batch: int, seed: int) -> None:
         frames = 1 if family.image else max(grid[0], family.least_frames)
         assume(frames * grid[1] * grid[2] >= family.least_tokens)
         arguments = family.arguments((frames, *grid[1:]), batch, seed)
-        torch.testing.assert_close(run(sparsified, arguments), run(model, arguments), atol=2e-6, rtol=1e-5)
-        report = falloff.report(sparsified)
+        torch.testing.assert_close(run(ours, arguments), run(theirs, arguments), atol=2e-6, rtol=1e-5)
+        report = falloff.report(ours)
         assert report.reasons == {}
-        assert sparsified._falloff.scene.layout.tolist()[:3] == [frames, *grid[1:]]
+        assert ours._falloff.scene.layout.tolist() == [frames, *grid[1:], 1]
         assert report.plan.q_len == frames * grid[1] * grid[2] + family.text
 
     check()
-
-
-def test_odd_grids_through_our_kernel(name: str) -> None:
-    with falloff.using(FAMILIES[name].build(), sparse(FAMILIES[name], seen=99), kernel="cpu") as sparsified:
-        odd_grid(name, sparsified, examples=200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from kernel_cases import Case, cases, qkv, random_map, uniform_plan
 
-from falloff.kernels import KernelError, run
+from falloff.kernels import KernelError, UnsupportedError, run
 from falloff.kernels.skip import attention_skipping
 from falloff.plan import BlockMap, Plan
 
@@ -116,6 +117,8 @@ def test_what_does_not_fit_is_refused() -> None:
     q, k, v = qkv(0, 1, 1, 2, 2, 4)
     with pytest.raises(KernelError, match="k must have shape"):
         attention_skipping(plan, q, k[:, :, :1], v, margin=1.0)
+    with pytest.raises(UnsupportedError, match="give a plan without one"):
+        attention_skipping(dataclasses.replace(plan, summary=True), q, k, v, margin=1.0)
     for wrong in ({"margin": -1.0}, {"margin": math.nan}, {"margin": 1.0, "protected": -1}):
         with pytest.raises(ValueError, match="margin and protected must be at least 0"):
             attention_skipping(plan, q, k, v, **wrong)

@@ -91,6 +91,14 @@ def test_auto_tiles_leave_something_out_where_any_can(grid: tuple[int, int, int]
     assert SlidingTile().tile_of(Grid(*grid)) == tile
 
 
+def test_text_after_whole_tiles_keeps_blocks_uniform() -> None:
+    plan = plan_for(SlidingTile(tile=(2, 4, 4)), Sequence(Grid(8, 16, 16), 70))
+    assert plan.q_sizes == 32
+    assert plan.blocks.shape[2:] == (67, 67)
+    ragged = plan_for(SlidingTile(tile=(2, 4, 4)), Sequence(Grid(8, 16, 17), 70))
+    assert ragged.q_sizes.tolist()[-3:] == [32, 32, 6]
+
+
 def test_long_videos_are_planned_without_token_masks() -> None:
     plan = plan_for(SlidingTile(), Sequence(Grid(128, 45, 80), 256))
     assert isinstance(plan, Plan)

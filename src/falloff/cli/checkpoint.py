@@ -49,15 +49,23 @@ class Checkpoint:
             )
 
 
-def find(model: str | None) -> Checkpoint:
-    """Look a checkpoint over. Raises ``CommandError`` when it is missing, incomplete, or of no supported family."""
+DECODER = "LPDPipeline"
+
+
+def find(model: str | None, *, by_class: bool = False) -> Checkpoint:
+    """Look a checkpoint over; ``by_class``: one that decodes images of classes.
+
+    Raises ``CommandError`` when it is missing, incomplete, or of no supported family.
+    """
+    if model is None and by_class:
+        return _bundled_decoder()
     if model is None:
         from falloff.miniature import path as bundled
 
         return _folder(bundled(), "the bundled miniature")
     path = Path(model)
     if path.is_dir():
-        return _folder(path, model)
+        return _folder(path, model, by_class)
     if path.exists():
         raise CommandError(f"{model} is a file; --model takes a checkpoint folder or a name on the hub", USAGE)
     if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
@@ -65,12 +73,22 @@ def find(model: str | None) -> Checkpoint:
     return Checkpoint(model, model, {})
 
 
-def _folder(path: Path, name: str) -> Checkpoint:
+def _bundled_decoder() -> Checkpoint:
+    from falloff.miniature import images
+
+    if not images.path().exists():
+        raise CommandError("--class needs --model, a folder with LPDPipeline: none is bundled here", USAGE)
+    return _folder(images.path(), "the bundled image miniature", by_class=True)
+
+
+def _folder(path: Path, name: str, by_class: bool = False) -> Checkpoint:
     index = _read(path / "model_index.json", f"{path} is no pipeline folder")
     for component, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None:
             _check_component(path / component)
-    _check_family(index, name)
+    _check_kind(index.get("_class_name"), name, by_class)
+    if not by_class:
+        _check_family(index, name)
     vae, transformer = _config(path / "vae"), _config(path / "transformer")
     hints = _read(path / "generation.json", "") if (path / "generation.json").exists() else {}
     return Checkpoint(
@@ -98,6 +116,13 @@ def _check_component(folder: Path) -> None:
                 raise CommandError(f"{folder / shard} is missing: {missing}")
     if not [file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]:
         raise CommandError(f"{folder} holds no weights (*.safetensors or *.bin): {missing}")
+
+
+def _check_kind(pipeline: str | None, name: str, by_class: bool) -> None:
+    if by_class and pipeline != DECODER:
+        raise CommandError(f"--class needs a model with {DECODER}, {name} has {pipeline}; give a prompt instead", USAGE)
+    if pipeline == DECODER and not by_class:
+        raise CommandError(f"{name} makes images of classes, not of prompts; give --class", USAGE)
 
 
 def _check_family(index: dict[str, Any], name: str) -> None:

@@ -1,24 +1,26 @@
-"""``falloff generate``: one prompt, one video."""
+"""``falloff generate``: one prompt, one video; or one class, one image."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from falloff.cli import checkpoint as checkpoints
-from falloff.cli import options, settings
+from falloff.cli import class_image, options, settings
 from falloff.cli.errors import USAGE, CommandError, told
 from falloff.cli.progress import Steps
 
+METHOD = "radial"
+
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the video is to show.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the video is to show.", show_default=False)] = None,
     model: options.Model = None,
     method: Annotated[
         str, typer.Option(help="How attention is computed, one of 'falloff methods', or a recipe's .yaml file.")
-    ] = "radial",
+    ] = METHOD,
     set_: options.Settings = [],  # noqa: B006 - typer reads the default and never writes to it
     frames: options.Frames = None,
     height: options.Height = None,
@@ -27,17 +29,53 @@ def generate(
     guidance: options.Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same noise.")] = 0,
     kernel: options.Kernel = "auto",
-    output: Annotated[Path, typer.Option(help="The video, an .mp4 file.")] = Path("out.mp4"),
+    class_: Annotated[
+        int | None,
+        typer.Option("--class", min=0, help="Decode an image of this class instead of a prompt.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="An .mp4 file, or .png with --class; out.mp4 or out.png unless given.", show_default=False),
+    ] = None,
 ) -> None:
-    """Make a video with sparse attention, and tell what was computed."""
+    """Make a video with sparse attention, and tell what was computed; or decode an image of a class."""
+    if class_ is not None:
+        video_only = {"PROMPT": prompt, "--set": set_, "--frames": frames, "--height": height, "--width": width}
+        changed = {"--method": method != METHOD, "--kernel": kernel != "auto"}
+        if given := [name for name, value in {**video_only, **changed}.items() if value]:
+            raise CommandError(f"{', '.join(given)} cannot be given with --class, which makes one image", USAGE)
+        target = output or Path("out.png")
+        class_image.make(model, class_, steps=steps, guidance=guidance, seed=seed, output=target)
+        return
+    if prompt is None:
+        raise CommandError("Missing argument 'PROMPT', or --class; see 'falloff generate --help'", USAGE)
+    _video(
+        prompt,
+        model,
+        settings.choose(method, set_),
+        kernel,
+        seed,
+        output or Path("out.mp4"),
+        options.call_arguments(frames, height, width, steps, guidance),
+    )
+
+
+def _video(
+    prompt: str,
+    model: str | None,
+    chosen: settings.Chosen,
+    kernel: str,
+    seed: int,
+    output: Path,
+    given: dict[str, Any],
+) -> None:
     options.check_prompt(prompt)
     if output.suffix.lower() != ".mp4":
         raise CommandError(f"--output {output} must end in .mp4", USAGE)
-    chosen = settings.choose(method, set_)
     options.check_kernel(kernel)
     options.check_folder(output.parent)
     checkpoint = checkpoints.find(model)
-    arguments = {**checkpoint.defaults, **options.call_arguments(frames, height, width, steps, guidance)}
+    arguments = {**checkpoint.defaults, **given}
     checkpoint.check_size(arguments)
 
     from falloff import api

@@ -32,10 +32,11 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def load(checkpoint: Checkpoint) -> Any:
+def load(checkpoint: Checkpoint, family: Any = None) -> Any:
     """The pipeline on the GPU in bfloat16 where there is one, else on the CPU in float32.
 
-    Raises ``CommandError`` when the checkpoint cannot be loaded.
+    ``family``: a pipeline class that diffusers does not know of. Raises ``CommandError`` when the checkpoint cannot be
+    loaded.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -46,7 +47,7 @@ def load(checkpoint: Checkpoint) -> Any:
     dtypes = {"default": dtype, "vae": torch.float32}
     broken = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
     with told(*broken, before=f"cannot load {checkpoint.source}: "):
-        return DiffusionPipeline.from_pretrained(checkpoint.source, dtype=dtypes).to(device)
+        return (family or DiffusionPipeline).from_pretrained(checkpoint.source, dtype=dtypes).to(device)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from falloff.cli.errors import USAGE, CommandError, told
@@ -132,13 +133,10 @@ def _made(kind: Any, method: str, defaults: dict[str, Any], pairs: list[tuple[st
 
 def parsed(name: str, text: str, hint: Any) -> Any:
     """A setting's value from text, by its type. Raises ``CommandError`` that names the types it takes."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        try:
-            return _as(text, option)
-        except ValueError:
-            continue
-    raise CommandError(f"{name} = {text!r} must be {' or '.join(map(words, options))}", USAGE)
+    try:
+        return _as(text, hint)
+    except ValueError as error:
+        raise CommandError(f"{name} = {text!r} must be {words(hint)}", USAGE) from error
 
 
 def words(hint: Any) -> str:
@@ -148,16 +146,22 @@ def words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
-        return f"{'whole ' if get_args(hint)[0] is int else ''}numbers with commas between"
+        many = {int: "whole numbers", float: "numbers"}.get(get_args(hint)[0], "names")
+        return f"{many} with commas between"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")
 
 
 def _as(text: str, hint: Any) -> Any:
     """Raises ``ValueError`` for text that is none of this type."""
+    if get_origin(hint) in (Union, types.UnionType):
+        for option in get_args(hint):
+            with suppress(ValueError):
+                return _as(text, option)
+        _refuse(text)
     if get_origin(hint) is Literal:
         return get_args(hint)[get_args(hint).index(text)] if text in get_args(hint) else _refuse(text)
     if get_origin(hint) is tuple:
-        return tuple(get_args(hint)[0](part) for part in text.split(",") if part.strip())
+        return tuple(_as(part.strip(), get_args(hint)[0]) for part in text.split(",") if part.strip())
     if hint is bool:
         return {"true": True, "false": False}[text] if text in ("true", "false") else _refuse(text)
     return hint(text)

@@ -231,6 +231,7 @@ def _method_arm(way: _Way, outcomes: list[_Outcome], recalls: Recalls) -> Method
         kernels=dict(Counter(call.kernel for call in sparse)),
         reasons=dict(Counter(why for report in reports for why in Counter(report.reasons).elements()).most_common()),
         block_map=None if plan is None else plan.blocks.picture(MAP_PIXELS),
+        run_picture=reports[-1].picture(),
     )
 
 

@@ -70,6 +70,8 @@ class MethodArm(Arm):
     """Dense calls by reason, all runs together."""
     block_map: NDArray[np.uint8] | None = dataclasses.field(repr=False)
     """Share of computed pairs in the last sparse plan, 255 all; ``None`` when every call was dense."""
+    run_picture: str = dataclasses.field(repr=False)
+    """Layers and steps of the last run, SVG."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Comparison:
 
     def _method_values(self, arm: MethodArm) -> dict[str, Any]:
         values = dataclasses.asdict(_bare(arm))
-        del values["block_map"]
+        del values["block_map"], values["run_picture"]
         return {
             **values,
             "attention_share": arm.attention_share,

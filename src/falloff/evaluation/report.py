@@ -58,6 +58,7 @@ def html(comparison: Comparison) -> str:
         "figures": _figures(comparison),
         "meanings": _definitions({row.name: row.meaning for row in figures.rows(comparison)}),
         "maps": _maps(comparison),
+        "runs": _runs(comparison),
         "reasons": _reasons(comparison),
         "decay": _decay(comparison),
         "settings": _definitions(_settings(comparison)),
@@ -174,6 +175,15 @@ def _map(arm: MethodArm) -> str:
         f'<img src="{block_map_png(arm.block_map)}" alt="Block map of {escape(caption, quote=True)}">'
         f'<span class="across">keys</span></div><figcaption>{escape(caption)}</figcaption></figure>'
     )
+
+
+def _runs(comparison: Comparison) -> str:
+    intro = "<p>The last run of each method. Point at a field for its kernel and time.</p>"
+    runs = "".join(
+        f'<figure class="card">{arm.run_picture}<figcaption>{escape(arm.label)}</figcaption></figure>'
+        for arm in comparison.methods
+    )
+    return f'{intro}<div class="runs">{runs}</div>'
 
 
 def _reasons(comparison: Comparison) -> str:

@@ -44,7 +44,10 @@ class Host:
     square_mask: bool = False
     """Masks are [B, 1, S, S], valid queries by valid keys: the first row, which is valid, tells the valid keys."""
     refuse: Callable[[Any], str | None] = lambda config: None
-    """Why a model cannot be served, from its config; asked before every forward, as pipelines may change it."""
+    """Why a model cannot be served, from its config; asked before every forward, as pipelines may change it.
+
+    Its docstring says in a few words which models those are, for the table of models.
+    """
     refused: Mapping[str, str] = field(default_factory=dict)
     """Class names of the family that cannot be served, and why."""
 
@@ -67,8 +70,11 @@ class Host:
         return [path for seen in found for path in seen]
 
 
+_registered: dict[str, Host] = {}
+
+
 def hosts() -> tuple[Host, ...]:
-    """All families."""
+    """All families, those of users last."""
     from falloff.hosts import (
         allegro,
         cogvideox,
@@ -98,7 +104,26 @@ def hosts() -> tuple[Host, ...]:
         qwenimage,
         linear,
     )
-    return tuple(family.HOST for family in families)
+    return (*(family.HOST for family in families), *_registered.values())
+
+
+def register(host: Host) -> None:
+    """Make a family of your own known to ``falloff.enable`` and all that builds on it, for this process.
+
+    A family registered again under its name takes the place of the one before. Raises ``TypeError`` for a host that
+    does not describe its models, and ``ValueError`` when another family has one of them already.
+    """
+    for name in ("models", "self_attention"):
+        value = getattr(host, name)
+        if not isinstance(value, tuple) or not value or not all(isinstance(entry, str) for entry in value):
+            raise TypeError(f"{name} of the family {host.family} must be a tuple of strings, got {value!r}")
+    if not callable(host.grid):
+        raise TypeError(f"grid of the family {host.family} must be a function, got {host.grid!r}")
+    for other in hosts():
+        shared = {*other.models, *other.refused} & {*host.models, *host.refused}
+        if shared and _registered.get(host.family) is not other:
+            raise ValueError(f"the family {other.family} has {', '.join(sorted(shared))} already")
+    _registered[host.family] = host
 
 
 def host_for(model: object) -> Host:
@@ -110,7 +135,10 @@ def host_for(model: object) -> Host:
         if name in host.models:
             return host
     supported = ", ".join(f"{model} ({host.family})" for host in hosts() for model in host.models)
-    raise UnsupportedModelError(f"falloff does not know the model class {name}; it knows {supported}")
+    raise UnsupportedModelError(
+        f"falloff does not know the model class {name}; it knows {supported}. Another one that calls diffusers' "
+        "attention dispatcher is described in about 20 lines: see docs/new-family.md and falloff.hosts.register"
+    )
 
 
 def latent_grid(patch: Callable[[Any], Size], axes: Size = (2, 3, 4)) -> Callable[[Given, Any], Size]:

@@ -34,16 +34,28 @@ class DetachedError(RuntimeError):
 
 
 def _backend_key() -> Any:
-    """A member of the enum's type that is not in the enum: the dispatcher takes it, nobody else sees it."""
+    """A member of the enum's type that is not in the enum: the dispatcher takes it, nobody else sees it.
+
+    Unless the user wants it there, see ``backend.register_diffusers_backend``.
+    """
     key = str.__new__(AttentionBackendName, NAME)
-    key._name_ = key._value_ = NAME
+    key._name_, key._value_ = NAME.upper(), NAME
     key.__deepcopy__ = lambda memo: key  # enums of Python 3.10 would look the copy up by value
     return key
 
 
 KEY = _backend_key()
-_here = threading.local()
-"""The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene."""
+
+
+class _Here(threading.local):
+    """The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene."""
+
+    slot: Tensor | None = None
+    layout: Tensor
+    square_mask: bool
+
+
+_here = _Here()
 
 
 def _route(
@@ -57,7 +69,24 @@ def _route(
     enable_gqa: bool = False,
     _parallel_config: Any | None = None,
 ) -> Tensor:
-    """Attention of a marked processor, [B, S, H, D]. A compiler traces this function, so it decides nothing."""
+    """Attention of a marked processor, [B, S, H, D]. A compiler traces this function, so it decides nothing.
+
+    A call of no marked layer comes here when the user has chosen falloff by its name: it stays dense.
+    """
+    if _here.slot is None:
+        out: Tensor = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            backend=AttentionBackendName.NATIVE,
+            parallel_config=_parallel_config,
+        )
+        return out
     if dropout_p or is_causal or enable_gqa:
         raise NotImplementedError("falloff serves plain self-attention: no dropout, causal mask or grouped queries")
     mask = attn_mask[:, :, :1] if _here.square_mask and attn_mask is not None else attn_mask
@@ -227,6 +256,12 @@ def _attach(attachment: Attachment) -> None:
     model, host = attachment.model, attachment.host
     _check_config(model, host)
     paths = host.attention_paths(model)
+    if not paths:
+        raise UnsupportedModelError(
+            f"no module of this {type(model).__name__} matches {', '.join(host.self_attention)}, where the family "
+            f"{host.family} has its self-attention; correct self_attention of its host"
+        )
+    _check_arguments(model, attachment.names)
     users = Counter(id(module.processor) for module in model.modules() if hasattr(module, "processor"))
     model._falloff = attachment  # type: ignore[assignment]  # modules say tensors or modules
     for layer, path in enumerate(paths):
@@ -237,7 +272,17 @@ def _attach(attachment: Attachment) -> None:
         attachment.marks.append(_mark(path, attn, seat, attachment, shared=users[id(attn.processor)] > 1))
     attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
     attachment.handles.append(model.register_forward_hook(_root_ends))
+    attachment.handles.append(model.register_forward_hook(_root_left, always_call=True))
     _listen(model, attachment.listener)
+
+
+def _check_arguments(model: nn.Module, names: list[str]) -> None:
+    missing = [name for name in ("hidden_states", "timestep") if name not in names]
+    if missing:
+        raise UnsupportedModelError(
+            f"the forward of {type(model).__name__} takes {', '.join(names)}, but not {' and '.join(missing)}, from "
+            "which falloff tells the device and the step"
+        )
 
 
 def _check_config(model: nn.Module, host: Host) -> None:
@@ -322,16 +367,19 @@ def _unmark(mark: Mark) -> None:
 
 
 def _dense_backend(key: Any | None, *, per_sample: bool) -> DenseBackend:
-    """The backend that a processor named, or the global one of the moment when it named none."""
+    """The backend that a processor named, or the global one of the moment when it named none; never falloff itself."""
+
+    def backend() -> Any:
+        chosen = key if key is not None else _AttentionBackendRegistry.get_active_backend()[0]
+        return AttentionBackendName.NATIVE if chosen is KEY else chosen
 
     def name() -> str:
-        chosen = key if key is not None else _AttentionBackendRegistry.get_active_backend()[0]
-        return str(AttentionBackendName(chosen).value)
+        return str(AttentionBackendName(backend()).value)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         if per_sample:
-            return processors.per_sample(q, k, v, mask, scale, key)
-        out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=key)
+            return processors.per_sample(q, k, v, mask, scale, backend())
+        out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend())
         return out
 
     return DenseBackend(name=name, run=run)
@@ -367,6 +415,12 @@ def _root_starts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch left it untyped
 def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> None:
     model._falloff.session.end()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch left it untyped
+def _root_left(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Also on an error in a layer, which must not be taken for the layer of other calls."""
+    _here.slot = None
 
 
 def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:

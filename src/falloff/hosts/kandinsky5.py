@@ -8,6 +8,7 @@ from falloff.hosts import Host, latent_grid
 
 
 def _refuse(config: Any) -> str | None:
+    """With ``attention_type="nabla"``, its own sparse attention on tokens in another order."""
     if config.attention_type == "nabla":
         return "its attention is sparse already (NABLA, attention_type='nabla'), on tokens in another order"
     return None

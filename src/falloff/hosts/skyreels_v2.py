@@ -8,6 +8,7 @@ from falloff.hosts import Host, latent_grid
 
 
 def _refuse(config: Any) -> str | None:
+    """Runs with ``causal_block_size`` above 1, where frames attend in causal blocks."""
     if config.num_frame_per_block > 1:
         return "its frames attend in causal blocks (causal_block_size > 1); falloff.disable it for such a run"
     return None

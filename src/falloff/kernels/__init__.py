@@ -9,6 +9,7 @@ from falloff.kernels.choose import Choice, available, choose, kernel_named
 from falloff.kernels.errors import KernelError, UnsupportedError
 from falloff.kernels.merge import merge
 from falloff.kernels.needs import differentiable
+from falloff.kernels.summary import with_summary
 from falloff.plan import Plan
 
 __all__ = ["Choice", "KernelError", "UnsupportedError", "attend", "available", "choose", "dispatch", "merge", "run"]
@@ -71,9 +72,13 @@ def dispatch(
         q_BHND,
         impl=impl,
         needs_grad=differentiable(q_BHND, k_BHND, v_BHND),
-        needs_lse=needs_lse,
+        needs_lse=needs_lse or plan.summary,
         drops_keys=key_valid is not None,
     )
     scale = q_BHND.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = kernel_named(choice.name).attention(plan, q_BHND, k_BHND, v_BHND, scale, key_valid)
+    kernel = kernel_named(choice.name)
+    out, lse = kernel.attention(plan, q_BHND, k_BHND, v_BHND, scale, key_valid)
+    if plan.summary and not kernel.summarises:
+        assert lse is not None  # it was asked for
+        out, lse = with_summary(plan, q_BHND, k_BHND, v_BHND, scale, key_valid, (out, lse))
     return out, lse, choice

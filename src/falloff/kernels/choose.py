@@ -30,6 +30,7 @@ OWN = (
         reference.attention,
         lambda: None,
         lambda needs: None,
+        summarises=True,
     ),
 )
 KERNELS = (*OWN, *VENDOR)

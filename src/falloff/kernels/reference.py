@@ -15,7 +15,8 @@ def attention(
 
     ``out_i = sum_j P_ij v_j`` with ``P_ij = exp(s_ij - lse_i)``, ``s = scale q k^T`` and
     ``lse_i = log(sum_j exp(s_ij))``, j over the keys that i keeps; 0 and -inf where there are none. Memory grows
-    with Nq * Nkv: for tests and small sequences.
+    with Nq * Nkv: for tests and small sequences. A plan's summary is one more key and value for every block, which
+    the queries that skip the block see.
     """
     exact = torch.promote_types(q_BHND.dtype, torch.float32)
     q, k, v = (x.to(exact) for x in (q_BHND, k_BHND, v_BHND))
@@ -24,8 +25,26 @@ def attention(
         valid = key_valid_BN[:, None, :, None]
         kept = kept & key_valid_BN[:, None, None, :]
         k, v = k.masked_fill(~valid, 0), v.masked_fill(~valid, 0)  # 0 * NaN would leak otherwise
+    logits = scale * (q @ k.mT)
+    if plan.summary:
+        k_mean, v_mean, count = _means(plan, k, v, key_valid_BN)
+        skipped = ~plan.blocks_seen(plan.q_block_of()) & (count > 0)[..., None, :]
+        kept = torch.cat([kept.expand(*skipped.shape[:2], -1, -1), skipped], -1)
+        logits = torch.cat([logits, scale * (q @ k_mean.mT) + count.clamp(min=1).log()[..., None, :]], -1)
+        v = torch.cat([v, v_mean], 2)
     empty = ~kept.any(-1, keepdim=True)
-    scores = (scale * (q @ k.mT)).masked_fill(~kept, -torch.inf).masked_fill(empty, 0)
+    scores = logits.masked_fill(~kept, -torch.inf).masked_fill(empty, 0)
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp().masked_fill(empty, 0) @ v
     return out.to(q_BHND.dtype), lse.masked_fill(empty.squeeze(-1), -torch.inf)
+
+
+def _means(plan: Plan, k: Tensor, v: Tensor, key_valid_BN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every key block: means of its valid keys and values [B, H, Tk, D], and how many they are [B, H, Tk]."""
+    block = plan.kv_block_of().expand(*k.shape[:3])
+    member = torch.nn.functional.one_hot(block, plan.blocks.shape[3]).to(k.dtype)
+    if key_valid_BN is not None:
+        member = member * key_valid_BN[:, None, :, None]
+    count = member.sum(2)
+    mean = member.mT / count.clamp(min=1)[..., None]
+    return mean @ k, mean @ v, count

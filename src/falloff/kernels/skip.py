@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from falloff.kernels.check import check_call
-from falloff.plan import BlockMap, Plan, Sizes
+from falloff.kernels.errors import UnsupportedError
+from falloff.plan import Plan
 
 
 class Skipping(NamedTuple):
@@ -51,9 +52,12 @@ def attention_skipping(
     has 50. ``protected``: the last blocks of every row that are computed in any case; the published code has 2 on
     Ampere and Ada, and 1 on Hopper. The first is computed always. Memory grows with Nq * Nkv.
 
-    Raises ``KernelError`` when the tensors do not fit the plan, ``ValueError`` for a negative margin or protection.
+    Raises ``KernelError`` when the tensors do not fit the plan, ``UnsupportedError`` for a plan whose skipped blocks
+    answer by a summary, and ``ValueError`` for a negative margin or protection.
     """
     check_call(plan, q_BHND, k_BHND, v_BHND, key_valid)
+    if plan.summary:
+        raise UnsupportedError("blocks left out on the way would need a summary; give a plan without one")
     margin_H = torch.as_tensor(margin, device=q_BHND.device).reshape(-1, 1)
     if protected < 0 or bool((margin_H < 0).any() | margin_H.isnan().any()):
         raise ValueError(f"margin and protected must be at least 0, got {margin} and {protected}")
@@ -62,15 +66,14 @@ def attention_skipping(
     if key_valid is not None:
         k, v = (x.masked_fill(~key_valid[:, None, :, None], 0) for x in (k, v))
     scores = (q.shape[3] ** -0.5 if scale is None else scale) * math.log2(math.e) * (q @ k.mT)
-    lead, (q_blocks, kv_blocks) = q.shape[:2], plan.blocks.shape[2:]
-    q_block = _block_of(plan, plan.q_len, plan.q_sizes, plan.q_order, q_blocks).expand(*lead, -1)
-    kv_block = _block_of(plan, plan.kv_len, plan.kv_sizes, plan.kv_order, kv_blocks).expand(*lead, -1)
+    lead = q.shape[:2]
+    q_block, kv_block = (block.expand(*lead, -1) for block in (plan.q_block_of(), plan.kv_block_of()))
     on = plan.blocks.dense().expand(*lead, -1, -1)
     later = on.flip(-1).cumsum(-1).flip(-1) - on.long()
     top = torch.full(q.shape[:3], -torch.inf, dtype=exact, device=q.device)
     total, out = torch.zeros_like(top), torch.zeros_like(q)
     skipped = torch.zeros_like(on)
-    for j in range(kv_blocks):
+    for j in range(on.shape[3]):
         seen = (kv_block == j)[:, :, None, :] & on[..., j].gather(2, q_block)[..., None]
         if key_valid is not None:
             seen = seen & key_valid[:, None, None, :]
@@ -90,11 +93,3 @@ def attention_skipping(
     lse = (top + total.log2()) * math.log(2)
     out = out / total.masked_fill(empty, 1)[..., None]
     return Skipping(out.to(q_BHND.dtype), lse.masked_fill(empty, -torch.inf), skipped)
-
-
-def _block_of(plan: Plan, length: int, sizes: Sizes, order: Tensor | None, count: int) -> Tensor:
-    """The block of every token in the given order, int64 [B|1, H|1, N]: read off a plan from tokens to blocks."""
-    lead, device = plan.blocks.shape[:2], plan.blocks.start.device
-    own = torch.eye(count, dtype=torch.bool, device=device).expand(*lead, -1, -1)
-    member = Plan(q_len=length, kv_len=count, q_sizes=sizes, kv_sizes=1, blocks=BlockMap.from_dense(own), q_order=order)
-    return member.mask().long().argmax(-1)

@@ -5,19 +5,40 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from falloff.methods.adaspa import AdaSpa
 from falloff.methods.anchor import Anchor
 from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.contour import Contour
 from falloff.methods.full import Full
 from falloff.methods.hyper import Hyper
 from falloff.methods.pbs import PBS
 from falloff.methods.radial import Radial
+from falloff.methods.router import Router
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
+from falloff.methods.svg1 import SVG1
+from falloff.methods.svg2 import SVG2
 from falloff.methods.vsa import VSA
 from falloff.methods.xattention import XAttention
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Full, Radial, SlidingTile, XAttention, SpargeAttn, VSA, PBS, Hyper, Anchor)
+    method.name: method
+    for method in (
+        Full,
+        Radial,
+        Contour,
+        SVG1,
+        SVG2,
+        AdaSpa,
+        Router,
+        SlidingTile,
+        XAttention,
+        SpargeAttn,
+        VSA,
+        Anchor,
+        Hyper,
+        PBS,
+    )
 }
 """Every method by the name that the command line and recipes use."""
 
@@ -40,14 +61,19 @@ def get(name: str, **settings: Any) -> Method:
 __all__ = [
     "METHODS",
     "PBS",
+    "SVG1",
+    "SVG2",
     "VSA",
+    "AdaSpa",
     "Anchor",
     "Call",
+    "Contour",
     "Dense",
     "Full",
     "Hyper",
     "Method",
     "Radial",
+    "Router",
     "SlidingTile",
     "SpargeAttn",
     "State",

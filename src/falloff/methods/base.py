@@ -41,9 +41,13 @@ class Dense:
 
 @dataclass
 class State:
-    """What a method keeps between its calls for one (session, layer, branch); emptied when a run starts."""
+    """What a method keeps between its calls; emptied when a run starts.
+
+    values: for one (session, layer, branch). shared: for all calls of the session.
+    """
 
     values: dict[Hashable, Any] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from falloff.geometry import Grid, Sequence, tile_order
 from falloff.methods.base import Dense
-from falloff.methods.pooling import tile_sizes
+from falloff.methods.pooling import cut, tile_sizes
 from falloff.plan import BlockMap, Plan
 
 Tile = tuple[int, int, int]
@@ -75,7 +75,7 @@ def predicted(
 ) -> Plan | Dense:
     """The plan whose map ``rule`` predicts from the queries and keys of blocks with video alone; the rest is on."""
     q_blocks, kv_blocks = UniformBlocks(sequence, q_block), UniformBlocks(sequence, kv_block)
-    q, k = q_BHND[:, :, q_blocks.tokens], k_BHND[:, :, kv_blocks.tokens]
+    q, k = q_BHND[:, :, q_blocks.tokens].detach(), k_BHND[:, :, kv_blocks.tokens].detach()
     if not finite(q, k):
         return NOT_FINITE
     if min(q.shape[2], k.shape[2]):
@@ -121,7 +121,7 @@ def grid_tile_order(sequence: Sequence, tile: Tile, device: torch.device) -> Ten
 
 
 def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor, token_order: Tensor | None = None) -> Plan:
-    """The plan of a map over the grid's tiles in raster order, [B|1, H|1, T, T]; text is a block of its own, all on.
+    """The plan of a map over the grid's tiles in raster order, [B|1, H|1, T, T]; text has blocks of its own, all on.
 
     ``token_order``: that of ``grid_tile_order``, from a caller who keeps it.
     """
@@ -130,9 +130,11 @@ def tile_plan(sequence: Sequence, tile: Tile, on_BHTT: Tensor, token_order: Tens
         token_order = grid_tile_order(sequence, tile, device)
     sizes = tile_sizes(sequence.grid, tile)
     if sequence.text:
-        text, before = torch.tensor([sequence.text]), sequence.text_side == "before"
+        text = cut(sequence.text, int(sizes.max()))
+        before = sequence.text_side == "before"
         sizes = torch.cat([text, sizes] if before else [sizes, text])
-        on_BHTT = F.pad(on_BHTT, (1, 0, 1, 0) if before else (0, 1, 0, 1), value=True)
+        ends = (len(text), 0) if before else (0, len(text))
+        on_BHTT = F.pad(on_BHTT, (*ends, *ends), value=True)
     return Plan(
         q_len=sequence.tokens,
         kv_len=sequence.tokens,

@@ -43,7 +43,10 @@ def tile_means(x_BHND: Tensor, grid: Grid, tile: tuple[int, int, int]) -> Tensor
 def tile_sizes(grid: Grid, tile: tuple[int, int, int]) -> Tensor:
     """Tokens of every tile in raster order, int64 [tiles]."""
     shape = (grid.frames, grid.height, grid.width)
-    t, y, x = (
-        (length - torch.arange(0, length, size)).clamp(max=size) for length, size in zip(shape, tile, strict=True)
-    )
+    t, y, x = (cut(length, size) for length, size in zip(shape, tile, strict=True))
     return (t[:, None, None] * y[:, None] * x).flatten()
+
+
+def cut(length: int, size: int) -> Tensor:
+    """Lengths of pieces of ``size``, the last one shorter: int64 [pieces]."""
+    return (length - torch.arange(0, length, size)).clamp(max=size)

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from falloff.methods.adaspa import AdaSpa
 from falloff.methods.base import Method
 from falloff.methods.radial import Radial
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
+from falloff.methods.svg1 import SVG1
+from falloff.methods.svg2 import SVG2
 from falloff.methods.xattention import XAttention
 from falloff.schedule import Schedule
 
 PAPER = "arXiv:2506.19852"
 SCRIPTS = "mit-han-lab/radial-attention, inference scripts"
+SVG_SCRIPTS = "svg-project/Sparse-VideoGen, inference scripts"
+SVG2_PAPER = "arXiv:2505.18875"
 NOTHING_DENSE = Schedule(dense_first=0, dense_layers=())
 
 
@@ -72,6 +77,61 @@ PRESETS: dict[str, Preset] = {
         method=_radial(1.0),
         schedule=Schedule(dense_first=2, dense_layers=(0, 1)),
         evidence=f"{PAPER} Table 2: 480x848, 667 frames, with a length LoRA, 2.57x",
+    ),
+    "svg2/paper": Preset(
+        method=SVG2(q_clusters=100, k_clusters=500, first_iterations=50),
+        schedule=Schedule(dense_first=0.3, dense_layers=()),
+        evidence=f"{SVG2_PAPER}: Wan2.1-T2V-14B 25.8 dB PSNR at 29.5%, 1.60x; HunyuanVideo 30.5 dB at 25.5%, 2.30x",
+    ),
+    "svg2/wan2.1-14b": Preset(
+        method=SVG2(q_clusters=300, k_clusters=1000, first_iterations=50),
+        schedule=Schedule(dense_first=0.2),
+        evidence=f"{SVG_SCRIPTS}: 720p, 81 frames, 10 of 50 steps dense",
+    ),
+    "svg2/wan2.1-14b-i2v-480p": Preset(
+        method=SVG2(q_clusters=200, k_clusters=1000, first_iterations=50),
+        schedule=Schedule(dense_first=0.2),
+        evidence=f"{SVG_SCRIPTS}: 480p, 81 frames, 8 of 40 steps dense",
+    ),
+    "svg2/wan2.1-14b-i2v-720p": Preset(
+        method=SVG2(q_clusters=300, k_clusters=1000, first_iterations=50),
+        schedule=Schedule(dense_first=0.35),
+        evidence=f"{SVG_SCRIPTS}: 720p, 81 frames, 14 of 40 steps dense",
+    ),
+    "svg2/hunyuan": Preset(
+        method=SVG2(q_clusters=400, k_clusters=1000, first_iterations=50),
+        schedule=Schedule(dense_first=0.1),
+        evidence=f"{SVG_SCRIPTS}: 720p, 129 frames, 5 of 50 steps dense",
+    ),
+    "svg2/hunyuan-480p": Preset(
+        method=SVG2(q_clusters=200, k_clusters=1000, first_iterations=50),
+        schedule=Schedule(dense_first=0.04, dense_layers=()),
+        evidence=f"{SVG_SCRIPTS}: 480p, 129 frames, 2 of 50 steps dense",
+    ),
+    "adaspa/hunyuan": Preset(
+        method=AdaSpa(),
+        schedule=Schedule(dense_first=0.2, dense_layers=()),
+        evidence="arXiv:2502.21079: 720p, 8 s, searches at steps 10 and 30 of 50; 29.1 dB PSNR, 1.78x",
+    ),
+    "svg1/wan2.1-14b": Preset(
+        method=SVG1(density=0.3),
+        schedule=Schedule(dense_first=0.2),
+        evidence=f"{SVG_SCRIPTS}: 720p, 81 frames, 10 of 50 steps dense",
+    ),
+    "svg1/hunyuan": Preset(
+        method=SVG1(density=0.25),
+        schedule=Schedule(dense_first=0.1),
+        evidence=f"{SVG_SCRIPTS}: 720p, 129 frames, 5 of 50 steps dense",
+    ),
+    "svg1/hunyuan-480p": Preset(
+        method=SVG1(density=0.2),
+        schedule=Schedule(dense_first=0.04, dense_layers=()),
+        evidence=f"{SVG_SCRIPTS}: 480p, 129 frames, 2 of 50 steps dense",
+    ),
+    "svg1/cogvideox": Preset(
+        method=SVG1(density=0.25, rows=32),
+        schedule=Schedule(dense_first=0.2, dense_layers=(0, 1)),
+        evidence=f"{SVG_SCRIPTS}: CogVideoX, a fifth of the steps dense",
     ),
     "sta/hunyuan": Preset(
         method=SlidingTile(tile=(6, 8, 8), window=(3, 3, 3)),

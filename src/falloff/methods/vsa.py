@@ -54,7 +54,7 @@ class VSA(Method):
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         sequence, tile = call.sequence, self.tile_of(call.sequence.grid)
         video = slice(sequence.video_start, sequence.video_start + sequence.grid.tokens)
-        q, k = q_BHND[:, :, video], k_BHND[:, :, video]
+        q, k = q_BHND[:, :, video].detach(), k_BHND[:, :, video].detach()
         if not finite(q, k):
             return NOT_FINITE
         scores = tile_means(q, sequence.grid, tile) @ tile_means(k, sequence.grid, tile).mT

@@ -1,70 +1,28 @@
-"""What a method did in a run: one record a self-attention call, and the report made of them."""
+"""What a method did in a run: in numbers, in words and as a picture."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from falloff.methods.base import Method
 from falloff.plan import Plan
+from falloff.reporting.picture import picture
+from falloff.reporting.record import Record
+from falloff.reporting.stretches import Stretch, by_layer, by_step
 from falloff.schedule import Schedule
 
-
-class Stopwatch:
-    """Seconds between start and stop on a device, read later so that nothing waits for the device meanwhile."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._start = self._mark()
-        self._stop: float | torch.cuda.Event | None = None
-
-    def stop(self) -> Stopwatch:
-        self._stop = self._mark()
-        return self
-
-    def seconds(self) -> float | None:
-        """``None`` while it runs. On a GPU this waits for the work that was timed."""
-        if self._stop is None:
-            return None
-        if isinstance(self._start, float) or isinstance(self._stop, float):
-            return float(self._stop) - float(self._start)  # type: ignore[arg-type]
-        self._stop.synchronize()
-        return float(self._start.elapsed_time(self._stop)) / 1000
-
-    def _mark(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What one self-attention call did. ``reason``: why it stayed dense, ``None`` when a plan computed it.
-
-    Seconds of attention are ``None`` unless timed; those of planning are the host's.
-    """
-
-    run: int
-    step: int | None
-    model: int
-    layer: int
-    branch: str | None
-    density: float
-    kernel: str
-    reason: str | None
-    plan_seconds: float
-    attention_seconds: float | None
+STRETCHES_TOLD = 6
+"""Lines about steps, and about layers, in the report's words."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
-    """What a method did in the last run. ``str()`` is for reading, ``to_dict()`` for JSON."""
+    """What a method did in the last run.
+
+    ``str()`` is for reading, ``to_dict()`` for JSON, and ``picture()`` an SVG file of layers and steps.
+    """
 
     method: Method
     schedule: Schedule
@@ -123,6 +81,16 @@ class Report:
             "calls": [asdict(call) for call in self.calls],
         }
 
+    def picture(self) -> str:
+        """The run as an SVG file that needs nothing else: layers down, steps across, density as colour.
+
+        Dense calls are hatched by their reason; branches of guidance, and models, that differ are drawn apart.
+        Raises ``ValueError`` when the run has no calls yet.
+        """
+        if not self.calls:
+            raise ValueError("there is nothing to draw yet: run the pipeline first")
+        return picture(self.calls)
+
     def __str__(self) -> str:
         return "\n".join(f"{name:<18}{value}" for name, value in self._lines())
 
@@ -137,6 +105,9 @@ class Report:
         lines.append(("effective density", f"{self.effective_density:.1%} with dense calls as 100%"))
         lines.append(("kernels", _settings(self.kernels)))
         lines += [("dense because", f"{reason}: {count} calls") for reason, count in self.reasons.items()]
+        lines += _told("step", by_step(self.calls))
+        if len(layers := by_layer(self.calls)) > 1:
+            lines += _told("layer", layers)
         lines.append(("planning", f"{self.plan_seconds:.3f} s"))
         if self.attention_seconds is not None:
             lines.append(("attention", f"{self.attention_seconds:.3f} s"))
@@ -145,6 +116,16 @@ class Report:
         if self.choice is not None:
             lines.append(("kernel", self.choice.replace("\n", "\n" + " " * 18)))
         return lines
+
+
+def _told(of: str, stretches: list[Stretch]) -> list[tuple[str, str]]:
+    """The first and the last of many: a method that decides anew at every step would fill the screen."""
+    lines = [(f"{of} {stretch.name}", stretch.words) for stretch in stretches]
+    if len(lines) <= STRETCHES_TOLD:
+        return lines
+    left = len(lines) - STRETCHES_TOLD
+    half = STRETCHES_TOLD // 2
+    return [*lines[:half], (f"{of} ...", f"{left} more such lines; to_dict() has every call"), *lines[-half:]]
 
 
 def _settings(values: dict[str, Any]) -> str:

@@ -1,0 +1,155 @@
+"""Euclidean k-means over the tokens of every head at once (Lloyd's algorithm), in little memory and deterministic.
+
+A token x joins the centroid c of least distance, ties to the lower index; a centroid then moves to the mean of its
+tokens, and stays where it is when it has none. |x|^2 is the same for every centroid, so the nearest one is found from
+
+    argmax_j  x . d_j - (|d_j|^2 / 2 + mu . d_j),     d_j = c_j - mu,
+
+mu the mean of the head's centroids: a common offset of all tokens, as keys have it, then costs no precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from falloff.kernels.groups import head_groups
+from falloff.kernels.product import product
+
+CHUNK_BYTES = 32 << 20
+"""Scores, memberships and copies of tokens held at once."""
+SUM_BYTES = 16 << 20
+"""Sums of tokens by cluster held at once, the old and the new."""
+
+
+class Clusters(NamedTuple):
+    """``labels`` int32 [B, H, N]; ``centroids`` [B, H, C, D], float32 (float64 for float64); ``sizes`` int64 [B, H, C].
+
+    ``finite``: whether all tokens were finite, 0-d bool on their device; the rest means nothing where they were not.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+    sizes: Tensor
+    finite: Tensor
+
+    def order(self) -> Tensor:
+        """Tokens cluster by cluster, in the given order inside each: int64 [B, H, N]."""
+        return self.labels.sort(dim=-1, stable=True).indices
+
+
+class Chunks(NamedTuple):
+    """How many heads and tokens are looked at together."""
+
+    heads: int
+    tokens: int
+
+
+@torch.no_grad()
+def kmeans(x_BHND: Tensor, centroids_BHCD: Tensor, iterations: int, *, stride: int = 1) -> Clusters:
+    """Improve centroids ``iterations`` times, then tell every token's cluster.
+
+    The last iteration takes all tokens, so that centroids are the means of the clusters returned; those before take
+    every ``stride``-th. Without iterations tokens are assigned to the centroids as given. Each (batch entry, head) is
+    on its own, bit for bit.
+    """
+    batch, heads, length, head_dim = x_BHND.shape
+    clusters = centroids_BHCD.shape[2]
+    centroids = centroids_BHCD.to(torch.promote_types(x_BHND.dtype, torch.float32), copy=True)
+    labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x_BHND.device)
+    sizes = torch.empty(batch, heads, clusters, dtype=torch.int64, device=x_BHND.device)
+    finite = torch.ones((), dtype=torch.bool, device=x_BHND.device)
+    chunks = chunks_for(heads, head_dim, clusters)
+    for group in head_groups(batch, heads, chunks.heads):
+        x, center = x_BHND[group], centroids[group]
+        for _ in range(iterations - 1):
+            _improve(x[:, ::stride], center, chunks.tokens)
+        if iterations:
+            sizes[group] = _improve(x, center, chunks.tokens, labels[group], finite)
+        else:
+            sizes[group] = _assign(x, center, chunks.tokens, labels[group], finite)
+    return Clusters(labels, centroids, sizes, finite)
+
+
+@torch.no_grad()
+def first_centroids(x_BHND: Tensor, clusters: int, seed: int = 0) -> Tensor:
+    """Tokens drawn without replacement, at the same places in every head: [B, H, C, D].
+
+    Raises ``ValueError`` for more clusters than tokens.
+    """
+    length = x_BHND.shape[2]
+    if not 1 <= clusters <= length:
+        raise ValueError(f"{clusters} clusters of {length} tokens: use 1 to {length} clusters")
+    places = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:clusters]
+    return x_BHND[:, :, places.to(x_BHND.device)].to(torch.promote_types(x_BHND.dtype, torch.float32))
+
+
+def chunks_for(heads: int, head_dim: int, clusters: int) -> Chunks:
+    """Heads whose sums fit ``SUM_BYTES``, and tokens of theirs whose scores fit ``CHUNK_BYTES``; at least one each."""
+    together = min(heads, max(1, SUM_BYTES // (2 * _SIZE * clusters * head_dim)))
+    return Chunks(together, max(1, CHUNK_BYTES // (together * _token_bytes(head_dim, clusters))))
+
+
+def extra_bytes(batch: int, heads: int, length: int, head_dim: int, clusters: int) -> int:
+    """Peak memory of ``kmeans`` beside its input, in float32: what it returns and what it works with."""
+    chunks = chunks_for(heads, head_dim, clusters)
+    returned = batch * heads * (4 * length + (_SIZE * head_dim + 8) * clusters)
+    sums = 2 * _SIZE * chunks.heads * clusters * head_dim
+    return returned + sums + chunks.heads * min(chunks.tokens, length) * _token_bytes(head_dim, clusters)
+
+
+_SIZE = 4
+"""Bytes of a float32."""
+
+
+def _token_bytes(head_dim: int, clusters: int) -> int:
+    """Of one token of one head: its scores, its membership, a copy of it, its best score, its cluster and a one."""
+    return 2 * _SIZE * clusters + _SIZE * head_dim + 4 + 8 + 8
+
+
+def _improve(
+    x: Tensor, center: Tensor, tokens: int, labels: Tensor | None = None, finite: Tensor | None = None
+) -> Tensor:
+    """Move centers [heads, C, D] in place to the means of their tokens [heads, N, D]; how many each has."""
+    sums, sizes = torch.zeros_like(center), _no_tokens(center)
+    for part, nearest in _nearest(x, center, tokens, labels, finite):
+        # summed by a product, whose order is fixed; adding by index is not deterministic on GPUs
+        member = torch.zeros(*nearest.shape, center.shape[1], dtype=x.dtype, device=x.device)
+        member.scatter_(2, nearest[..., None], 1)
+        sums += product(member.mT, part)
+        sizes.scatter_add_(1, nearest, torch.ones_like(nearest))
+    sums /= sizes.clamp(min=1)[..., None]
+    center.copy_(torch.where(sizes[..., None] > 0, sums, center))
+    return sizes
+
+
+def _assign(x: Tensor, center: Tensor, tokens: int, labels: Tensor, finite: Tensor) -> Tensor:
+    """Label tokens without moving a center; how many tokens each has."""
+    sizes = _no_tokens(center)
+    for _, nearest in _nearest(x, center, tokens, labels, finite):
+        sizes.scatter_add_(1, nearest, torch.ones_like(nearest))
+    return sizes
+
+
+def _nearest(
+    x: Tensor, center: Tensor, tokens: int, labels: Tensor | None, finite: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of tokens with the index of their nearest center [heads, n]; noted in ``labels`` where these are given."""
+    mu = center.mean(1, keepdim=True)
+    offset = (center - mu).to(x.dtype)  # multiplied in the tokens' precision, and consistent with that below
+    exact = offset.to(center.dtype)
+    bias = (exact.square() / 2 + mu * exact).sum(-1)[:, None]
+    for start in range(0, x.shape[1], tokens):
+        part = x[:, start : start + tokens]
+        best = product(part, offset.mT).sub_(bias).max(-1)
+        if labels is not None and finite is not None:
+            labels[:, start : start + tokens] = best.indices
+            finite &= best.values.isfinite().all()
+        yield part, best.indices
+
+
+def _no_tokens(center: Tensor) -> Tensor:
+    return torch.zeros(center.shape[:2], dtype=torch.int64, device=center.device)

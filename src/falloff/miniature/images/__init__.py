@@ -1,0 +1,8 @@
+"""An autoregressive image model in miniature: handwritten digits by class, decoded in parallel."""
+
+from pathlib import Path
+
+
+def path() -> Path:
+    """The checkpoint's folder, for `LPDPipeline.from_pretrained`; it is there once one has been trained and shipped."""
+    return Path(__file__).parent / "checkpoint"
