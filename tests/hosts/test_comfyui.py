@@ -161,6 +161,8 @@ def test_second_patch_takes_the_place_of_the_first() -> None:
     assert len(calls) == 2  # cross-attention
     assert torch.equal(out, comfy.sample(patched(model, tiny.Frames(seen=2)), comfy.levels(1)))
     assert not torch.equal(comfy.sample(first, comfy.levels(1)), out)
+    dense = patched(first, falloff.Full())
+    assert torch.equal(comfy.sample(dense, comfy.levels(1)), comfy.sample(model, comfy.levels(1)))
 
 
 def test_override_of_a_later_node_is_told() -> None:
