@@ -14,15 +14,14 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.hooks.hooks import BaseState, HookFunctionReference, HookRegistry, ModelHook, StateManager
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
 from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
+from falloff.hosts.listener import Listener, listen, unlisten
 from falloff.hosts.where import Watch
 from falloff.session import DenseBackend, Seat, Session
 
@@ -120,41 +119,6 @@ class Scene:
         self.layout = op.layout_of(None)
 
 
-class Ear(StateManager):  # type: ignore[misc]  # diffusers has no types
-    """Keeps what ``cache_context`` says; diffusers' own manager keeps it under another name in every version."""
-
-    said: Any | None = None
-
-    def set_context(self, context: Any | None) -> None:
-        super().set_context(context)
-        self.said = context
-
-    def reset(self, *args: Any, **kwargs: Any) -> None:
-        super().reset(*args, **kwargs)
-        self.said = None
-
-
-class Listener(ModelHook):  # type: ignore[misc]  # diffusers has no types
-    """Hears what the pipeline says through ``cache_context``, and that a pipeline call is over."""
-
-    _is_stateful = True
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self.ear = Ear(BaseState)
-        self.watch = watch
-
-    @property
-    def context(self) -> Any | None:
-        """With a ``name``; before diffusers 0.41 a pipeline says no more than that."""
-        said = self.ear.said
-        return SimpleNamespace(name=said) if isinstance(said, str) else said
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.watch.end_run()
-        return module
-
-
 @dataclass(kw_only=True)
 class Mark:
     """One marked layer, and what it was before."""
@@ -247,7 +211,7 @@ def detach(attachment: Attachment) -> None:
         _unmark(mark)
     for handle in attachment.handles:
         handle.remove()
-    _unlisten(model)
+    unlisten(model)
     if attached(model) is attachment:
         del model._falloff
 
@@ -273,7 +237,7 @@ def _attach(attachment: Attachment) -> None:
     attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
     attachment.handles.append(model.register_forward_hook(_root_ends))
     attachment.handles.append(model.register_forward_hook(_root_left, always_call=True))
-    _listen(model, attachment.listener)
+    listen(model, attachment.listener)
 
 
 def _check_arguments(model: nn.Module, names: list[str]) -> None:
@@ -383,26 +347,6 @@ def _dense_backend(key: Any | None, *, per_sample: bool) -> DenseBackend:
         return out
 
     return DenseBackend(name=name, run=run)
-
-
-def _listen(model: nn.Module, listener: Listener) -> None:
-    """Join the hook registry as its first hook, without a forward of our own.
-
-    ``register_hook`` would replace the model's forward by a closure that a deep copy of the model shares with the
-    original. The first place is the one that no other hook's removal refers to.
-    """
-    registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.hooks[NAME] = listener
-    registry._hook_order.insert(0, NAME)
-    registry._fn_refs.insert(0, HookFunctionReference())
-
-
-def _unlisten(model: nn.Module) -> None:
-    registry = getattr(model, "_diffusers_hook", None)
-    if registry is None or NAME not in registry.hooks:
-        return
-    place = registry._hook_order.index(NAME)
-    del registry.hooks[NAME], registry._hook_order[place], registry._fn_refs[place]
 
 
 # PyTorch runs the hooks of a compiled model outside its graph, but would compile each of them by itself. Inside an
