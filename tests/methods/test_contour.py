@@ -1,4 +1,4 @@
-"""Contour's look against errors computed token by token, its budget, and its memory of plans."""
+"""Contour's look against errors computed key by key, its budget, and its memory of plans."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from falloff import Contour, Grid, Plan, Sequence, attention
-from falloff.methods import Call, Dense, State
-from falloff.methods.contour import Tiles, best_pairs
+from falloff.methods import SVG2, Call, Dense, State
+from falloff.methods.contour import best_pairs, spared, spread
 
 SEQUENCE = Sequence(Grid(3, 5, 6), text=4, text_side="before")
-TILE = (2, 2, 3)
+SMALL = {"q_tokens": 15, "k_tokens": 6, "queries": 6}
 
 
-def qkv(sequence: Sequence = SEQUENCE, heads: int = 2, batch: int = 1, seed: int = 0) -> list[Tensor]:
+def qkv(heads: int = 2, batch: int = 1, seed: int = 0) -> list[Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return [2 * torch.randn(batch, heads, sequence.tokens, 8, dtype=torch.float64, generator=draw) for _ in range(3)]
+    return [2 * torch.randn(batch, heads, SEQUENCE.tokens, 8, dtype=torch.float64, generator=draw) for _ in range(3)]
 
 
 def plan(method: Contour, q: Tensor, k: Tensor, v: Tensor, state: State | None = None, **where: int) -> Plan:
@@ -25,82 +25,88 @@ def plan(method: Contour, q: Tensor, k: Tensor, v: Tensor, state: State | None =
     return made
 
 
-def spelled_out(q: Tensor, k: Tensor, tokens: list[Tensor]) -> Tensor:
-    """E_IJ / n_J of one head, from the definition; all queries of a tile are looked at."""
-    scale = q.shape[1] ** -0.5
-    lse = (q @ k.mT * scale).logsumexp(1)
-    worth = torch.empty(len(tokens), len(tokens), dtype=q.dtype)
-    for i, rows in enumerate(tokens):
-        for j, keys in enumerate(tokens):
-            weight = (q[rows] @ k[keys].mT * scale - lse[rows, None]).exp()
-            at_mean = (q[rows] @ k[keys].mean(0) * scale - lse[rows]).exp()
-            worth[i, j] = (weight - at_mean[:, None]).square().sum(1).mean() / len(keys)
-    return worth
-
-
 def test_a_look_is_the_error_of_answering_by_means() -> None:
-    q, k, _ = qkv()
-    grid = SEQUENCE.grid
-    tiles = Tiles.of(grid, TILE, q.device)
-    tokens = [token[real] for token, real in zip(tiles.token, tiles.real, strict=True)]
-    assert torch.equal(torch.cat(tokens).sort().values, torch.arange(grid.tokens))
-    assert sorted(map(len, tokens)) == sorted(tiles.sizes.tolist())
-    whole = [token for token in tokens if len(token) == 12]
-    assert whole  # of these every query is looked at, of smaller tiles some twice
-    worth, sizes = Contour(tile=TILE, queries=12)._look(SEQUENCE, TILE, q, k)
-    assert torch.equal(sizes, tiles.sizes)
-    rows = [i for i, token in enumerate(tokens) if len(token) == 12]
-    for head in range(2):
-        expected = spelled_out(q[0, head, 4:], k[0, head, 4:], tokens)
-        torch.testing.assert_close(worth[0, head, rows], expected[rows])
+    q, k, _ = qkv(batch=2)
+    sizes = torch.tensor([[[30, 0, 1, 63], [10, 20, 30, 34]]]).expand(2, 2, 4)
+    looked = q[:, :, :12]
+    worth = spared(looked, k, sizes, per_cluster=4)
+    assert worth.shape == (2, 2, 3, 4)
+    for entry in range(2):
+        for head in range(2):
+            logits = looked[entry, head] @ k[entry, head].mT * 8**-0.5
+            weights, lse = logits.softmax(1), logits.logsumexp(1, keepdim=True)
+            start = 0
+            for cluster, size in enumerate(sizes[entry, head].tolist()):
+                keys = slice(start, start + size)
+                start += size
+                if not size:
+                    assert (worth[entry, head, :, cluster] == 0).all()
+                    continue
+                mean = k[entry, head, keys].mean(0)
+                at_mean = (looked[entry, head] @ mean[:, None] * 8**-0.5 - lse).exp()
+                error = (weights[:, keys] - at_mean).square().sum(1).view(3, 4).mean(1)
+                torch.testing.assert_close(worth[entry, head, :, cluster], error / size)
 
 
-def test_without_means_the_mass_decides() -> None:
-    q, k, _ = qkv()
-    worth, sizes = Contour(tile=TILE, queries=12, summary=False)._look(SEQUENCE, TILE, q, k)
-    torch.testing.assert_close((worth * sizes).sum(-1), torch.ones_like(worth[..., 0]))
+def test_looked_at_tokens_are_their_clusters_own() -> None:
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).view(1, 1, 20)
+    sizes = torch.tensor([[[9, 1, 0, 10]]])
+    chosen = spread(order, sizes, 3).view(4, 3)
+    assert set(chosen[0].tolist()) <= set(order[0, 0, :9].tolist())
+    assert len(set(chosen[0].tolist())) == 3
+    assert chosen[1].tolist() == [int(order[0, 0, 9])] * 3
+    assert set(chosen[3].tolist()) <= set(order[0, 0, 10:].tolist())
 
 
-@pytest.mark.parametrize("density", [0.3, 0.5, 1.0])
+def test_best_pairs_are_the_worthiest_of_all_heads() -> None:
+    worth = torch.tensor([[[[9.0, 1.0], [2.0, 3.0]], [[8.0, 7.0], [0.1, 0.2]]]])
+    q_sizes, k_sizes = torch.tensor([[[2, 3], [4, 1]]]), torch.tensor([[[4, 1], [2, 3]]])
+    # a row's best: pairs of 2 * 4, 3 * 1, 4 * 2 and 1 * 3; next 7.0 with 4 * 3, then 2.0 with 3 * 4
+    least = [[[True, False], [False, True]], [[True, False], [False, True]]]
+    assert best_pairs(worth, q_sizes, k_sizes, 0.01)[0].tolist() == least
+    least[1][0][1] = True
+    assert best_pairs(worth, q_sizes, k_sizes, (22 + 12) / 50)[0].tolist() == least
+    least[0][1][0] = True
+    assert best_pairs(worth, q_sizes, k_sizes, (22 + 24) / 50)[0].tolist() == least
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 def test_budget_is_the_layers(density: float) -> None:
     q, k, v = qkv()
     q[:, 0] *= 0.1  # attends broadly: means serve it well
-    made = plan(Contour(tile=TILE, density=density), q, k, v)
-    blocks = made.blocks.dense()[0]
-    assert blocks[:, 0].all()  # text sees all,
-    assert blocks[..., 0].all()  # and is seen by all
-    assert blocks.diagonal(dim1=1, dim2=2).all()
-    broad, sharp = blocks.float().mean((1, 2)).tolist()
-    assert broad < sharp or density == 1
-    sizes = Tiles.of(SEQUENCE.grid, TILE, q.device).sizes
-    pairs = (blocks[:, 1:, 1:] * (sizes[:, None] * sizes)).sum()
-    itself = 2 * int(sizes.square().sum())
-    assert pairs <= max(density * 2 * int(sizes.sum()) ** 2, itself)
+    made = plan(Contour(density=density, **SMALL), q, k, v)
+    mask = made.mask()[0]
+    assert mask[:, :4].all()  # text sees all,
+    assert mask[..., :4].all()  # and is seen by all
+    video = mask[:, 4:, 4:].double().mean((1, 2))
+    assert float(video.mean()) <= density + 0.02  # a row's best may exceed it
+    assert video[0] < video[1] or density == 1
+    assert made.summary
 
 
-def test_best_pairs_are_the_worthiest_for_their_size() -> None:
-    worth = torch.tensor([[[[9.0, 1.0, 3.0], [2.0, 9.0, 0.5], [8.0, 7.0, 9.0]]]])
-    sizes = torch.tensor([2, 2, 1])
-    # of 25 pairs the diagonal takes 9; then (2, 0) and (2, 1) of two pairs each, and (0, 2) of two
-    assert best_pairs(worth, sizes, 13 / 25)[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [1, 1, 1]]
-    assert best_pairs(worth, sizes, 15 / 25)[0, 0].int().tolist() == [[1, 0, 1], [0, 1, 0], [1, 1, 1]]
-    assert best_pairs(worth, sizes, 0.01)[0, 0].int().tolist() == torch.eye(3, dtype=torch.int32).tolist()
-
-
-def test_means_come_closer_than_nothing() -> None:
-    q, k, v = (x / 2 for x in qkv())
+def test_nearer_to_dense_than_routing_by_centroids_at_no_more_density() -> None:
+    draw = torch.Generator().manual_seed(3)
+    centers = 3 * torch.randn(1, 4, 6, 8, dtype=torch.float64, generator=draw)
+    member = torch.randint(6, (1, 4, SEQUENCE.tokens, 1), generator=draw).expand(-1, -1, -1, 8)
+    q, k = (centers.gather(2, member) + torch.randn(*member.shape, dtype=torch.float64, generator=draw) for _ in "qk")
+    v = torch.randn(*member.shape, dtype=torch.float64, generator=draw)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    other = SVG2(q_clusters=6, k_clusters=15, mass=0.7, summary=True).plan(Call(sequence=SEQUENCE), q, k, v, State())
+    assert isinstance(other, Plan)
+    video = float(other.mask()[..., 4:, 4:].double().mean())
+    ours = plan(Contour(density=video, **SMALL), q, k, v)
+    assert ours.density <= other.density + 1e-9
 
-    def error(method: Contour) -> float:
-        return float((attention(q, k, v, plan(method, q, k, v)) - dense).norm() / dense.norm())
+    def error(made: Plan) -> float:
+        return float((attention(q, k, v, made) - dense).norm() / dense.norm())
 
-    assert error(Contour(tile=TILE, density=0.3)) < 0.8 * error(Contour(tile=TILE, density=0.3, summary=False))
-    assert error(Contour(tile=TILE, density=1.0)) < 1e-6
+    assert error(ours) < error(other)
+    assert error(plan(Contour(density=1.0, **SMALL), q, k, v)) < 1e-12
 
 
 def test_plans_serve_until_the_next_look() -> None:
     q, k, v = qkv()
-    method, state = Contour(tile=TILE, look_every=3), State()
+    method, state = Contour(look_every=3, **SMALL), State()
     first = plan(method, q, k, v, state, step=2, steps=10)
     assert plan(method, k, q, v, state, step=4, steps=10) is first
     assert plan(method, k, q, v, state, step=5, steps=10) is not first
@@ -108,39 +114,34 @@ def test_plans_serve_until_the_next_look() -> None:
 
 def test_batch_entries_are_on_their_own() -> None:
     q, k, v = qkv(batch=2)
-    both = plan(Contour(tile=TILE), q, k, v).blocks.dense()
+    both = plan(Contour(**SMALL), q, k, v).mask()
     for entry in range(2):
-        alone = plan(Contour(tile=TILE), *(x[entry : entry + 1] for x in (q, k, v))).blocks.dense()
+        alone = plan(Contour(**SMALL), *(x[entry : entry + 1] for x in (q, k, v))).mask()
         assert torch.equal(both[entry : entry + 1], alone)
 
 
 def test_memory_is_worked_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(batch=2)
-    whole = plan(Contour(tile=TILE), q, k, v)
+    whole = plan(Contour(**SMALL), q, k, v)
     monkeypatch.setattr("falloff.methods.contour.LOOK_BYTES", 1)
-    assert torch.equal(plan(Contour(tile=TILE), q, k, v).blocks.dense(), whole.blocks.dense())
+    assert torch.equal(plan(Contour(**SMALL), q, k, v).mask(), whole.mask())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite_stays_dense(value: float) -> None:
     q, k, v = qkv()
     k[0, 1, 20, 3] = value
-    assert isinstance(Contour(tile=TILE).plan(Call(sequence=SEQUENCE), q, k, v, State()), Dense)
-
-
-def test_tiles_go_by_the_grid() -> None:
-    assert Contour().tile_of(Grid(21, 45, 80)) == (4, 4, 8)
-    assert Contour().tile_of(Grid(17, 16, 16)) == (2, 4, 4)
-    assert Contour(tile=(1, 2, 3)).tile_of(Grid(17, 16, 16)) == (1, 2, 3)
+    assert isinstance(Contour(**SMALL).plan(Call(sequence=SEQUENCE), q, k, v, State()), Dense)
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"density": 0.0}, "density = 0.0 must be above 0 and at most 1"),
-        ({"tile": (1, 2)}, "tile = .* must be three numbers"),
+        ({"q_tokens": 0}, "q_tokens = 0 must be a number of tokens"),
         ({"queries": 0}, "queries = 0 must be a number of queries"),
         ({"look_every": 1.5}, "look_every = 1.5 must be at least 1 step"),
+        ({"seed": -1}, "seed = -1 must be a whole number"),
     ],
 )
 def test_settings_are_checked(setting: dict[str, object], message: str) -> None:

@@ -1,82 +1,85 @@
-"""Contour: the pairs of tiles that their means answer worst are computed, and all others are answered by their means.
+"""Contour: an exact look at few steps decides, for a whole layer, what is computed and what is left to means.
 
-The grid is cut into compact tiles of (frames, height, width) tokens, like those of sliding tile attention. At a few
-steps of a run, for some queries of every tile, attention to all keys is looked at as it is. With p_ik the weight of
-key k and pbar_iJ the weight that each of the n_J keys of tile J would have were it the tile's mean, the error of
-answering J by its mean is, over the queries i that stand for tile I,
+Queries and keys of every head are clustered as in Sparse VideoGen2 (arXiv:2505.18875), and clusters that a query skips
+answer it by their means, as in SVG-EAR (arXiv:2603.08982). What is new is how pairs of clusters are chosen. At a few
+steps of a run some queries of every cluster are looked at as they are, with the weights p that all keys have for them.
+With pbar_iJ the weight that each of the m_J keys of cluster J would have were it the cluster's mean, the error of
+leaving J to its mean is, over the queries i that stand for cluster I,
 
     E_IJ = mean_i sum_{k in J} (p_ik - pbar_iJ)^2.
 
-The budget belongs to the layer: over all heads and rows together those pairs are computed that spare most error for
-their size, E_IJ / n_J, so that heads with broad attention, which means answer well, give to heads with sharp attention.
-Maps serve until the next look. Text is always computed.
-
-From AdaSpa (arXiv:2502.21079) it has the exact look at few steps, from SVG-EAR (arXiv:2603.08982) the error that
-decides and the means, and from Sparse VideoGen2 neither its clusters nor their cost: tiles of video are alike enough.
+Weights of a softmax can be compared, within a head and between heads. So the budget belongs to the layer: of all heads
+and rows together those pairs are computed that spare most error for their size, E_IJ / m_J. Heads with broad
+attention, which means answer well, give to heads with sharp attention. As in AdaSpa (arXiv:2502.21079), the plan
+serves until the next look: clustering and choosing cost a few calls of a run instead of all. Text is always computed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from falloff.geometry import Grid, Sequence, tile_order
 from falloff.kernels.groups import groups_within
 from falloff.kernels.product import product
 from falloff.methods.adaspa import check_every, due
 from falloff.methods.base import Call, Choices, Dense, Method, Span, State
-from falloff.methods.layout import NOT_FINITE, Tile, check_count, check_share, three, tile_plan
-from falloff.methods.pinned import grid_tokens
-from falloff.methods.pooling import tile_sizes
+from falloff.methods.kmeans import Clusters, first_centroids, kmeans
+from falloff.methods.layout import NOT_FINITE, check_count, check_share
+from falloff.methods.pinned import Side, grid_tokens, plan_with_text
 from falloff.plan import Plan
 from falloff.schedule import Schedule
 
-TILES: tuple[Tile, ...] = ((4, 4, 8), (2, 4, 8), (2, 4, 4))
-"""What "auto" chooses from: the first with at least ``ENOUGH`` tiles."""
-ENOUGH = 256
 LOOK_BYTES = 128 << 20
 """Weights held at once during a look."""
-WEIGHT_BYTES = 16
-"""Of one query and key: its logit, weight and square, and whether the key is there."""
+WEIGHT_BYTES = 20
+"""Of one query and key: its logit, weight and square, and the two side by side."""
+MOST_CLUSTERS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contour(Method):
     """Contour over any grid, images included, with text on either side.
 
-    density: share of the tile pairs of a layer that is computed, above 0 and at most 1. A tile always sees itself.
-    tile: tokens of a tile along (frames, height, width); "auto" takes the first of 4x4x8, 2x4x8 and 2x4x4 that makes
-        256 tiles, else 2x4x4. Tiles at the far ends may be smaller.
-    queries: of every tile that are looked at, evenly spaced; all of a smaller tile.
+    density: share of the token pairs of a layer that is computed, above 0 and at most 1; every query sees one cluster
+        at least.
+    q_tokens, k_tokens: tokens a cluster of queries and of keys on average, of at most 1000 clusters.
+    queries: of every cluster that are looked at.
     look_every: steps from one look to the next, or their share of all steps when a float.
-    summary: answer what is left out by means; without, pairs are computed by their mass alone.
+    first_iterations: k-means iterations of a layer's first look; iterations: of every later one.
+    seed: of the tokens that k-means starts from.
     """
 
     name: ClassVar[str] = "contour"
+    schedule: ClassVar[Schedule] = Schedule(dense_first=0.25, dense_layers=())
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "density": Span(0.03, 0.5, log=True),
-        "tile": Choices(("auto", (4, 4, 4), (2, 4, 8), (2, 4, 4), (1, 8, 8))),
-        "look_every": Choices((0.2, 0.4, 1.0)),
+        "q_tokens": Choices((32, 64, 128)),
+        "k_tokens": Choices((8, 16, 32, 64)),
+        "look_every": Choices((0.1, 0.25, 0.5)),
     }
-    schedule: ClassVar[Schedule] = Schedule(dense_first=0.25, dense_layers=())
 
     density: float = 0.2
-    tile: tuple[int, ...] | Literal["auto"] = "auto"
+    q_tokens: int = 64
+    k_tokens: int = 16
     queries: int = 8
-    look_every: int | float = 0.4
-    summary: bool = True
+    look_every: int | float = 0.25
+    first_iterations: int = 10
+    iterations: int = 2
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
-        if self.tile != "auto":
-            object.__setattr__(self, "tile", three("tile", self.tile, "tokens"))
-        check_count("queries", self.queries, "queries")
+        for field, unit in (("q_tokens", "tokens"), ("k_tokens", "tokens"), ("queries", "queries")):
+            check_count(field, getattr(self, field), unit)
+        for field in ("first_iterations", "iterations"):
+            check_count(field, getattr(self, field), "iterations")
         check_every("look_every", self.look_every)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed = {self.seed!r} must be a whole number of at least 0")
 
     @torch.no_grad()
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
@@ -86,90 +89,87 @@ class Contour(Method):
         if kept and not due(call, kept["step"], self.look_every):
             plan: Plan = kept["plan"]
             return plan
-        tile = self.tile_of(call.sequence.grid)
-        worth, sizes = self._look(call.sequence, tile, q_BHND, k_BHND)
-        if not bool(worth.isfinite().all()):
+        q_video, k_video = (grid_tokens(x, call.sequence) for x in (q_BHND, k_BHND))
+        q, k = (
+            self._cluster(q_video, self.q_tokens, kept.get("q")),
+            self._cluster(k_video, self.k_tokens, kept.get("k")),
+        )
+        if not bool(q.finite & k.finite):
             return NOT_FINITE
-        plan = tile_plan(call.sequence, tile, best_pairs(worth, sizes, self.density))
-        plan = dataclasses.replace(plan, summary=self.summary)
-        state.values = {"shape": shape, "step": call.step, "plan": plan}
+        q_order, k_order = q.order(), k.order()
+        looked = torch.take_along_dim(q_video, spread(q_order, q.sizes, self.queries)[..., None], 2)
+        worth = spared(looked, torch.take_along_dim(k_video, k_order[..., None], 2), k.sizes, self.queries)
+        on = best_pairs(worth, q.sizes, k.sizes, self.density)
+        plan = plan_with_text(call.sequence, Side(q_order, q.sizes), Side(k_order, k.sizes), on, summary=True)
+        centers = {"q": q.centroids.to(q_BHND.dtype), "k": k.centroids.to(k_BHND.dtype)}
+        state.values = {"shape": shape, "step": call.step, "plan": plan, **centers}
         return plan
 
-    def tile_of(self, grid: Grid) -> Tile:
-        """The tile that a grid is cut into."""
-        if self.tile == "auto":
-            return next((tile for tile in TILES if len(tile_sizes(grid, tile)) >= ENOUGH), TILES[-1])
-        frames, height, width = self.tile
-        return frames, height, width
-
-    def _look(self, sequence: Sequence, tile: Tile, q_BHND: Tensor, k_BHND: Tensor) -> tuple[Tensor, Tensor]:
-        """What computing each pair of tiles spares for its size, float32 [B, H, T, T], and the tiles' sizes [T]."""
-        tiles = Tiles.of(sequence.grid, tile, q_BHND.device)
-        q_video, k_video = (grid_tokens(x, sequence) for x in (q_BHND, k_BHND))
-        batch, heads, _, head_dim = q_video.shape
-        count, volume = tiles.token.shape
-        exact = torch.promote_types(q_BHND.dtype, torch.float32)
-        worth = torch.empty(batch, heads, count, count, dtype=exact, device=q_BHND.device)
-        looked = tiles.spread(self.queries)
-        row_bytes = WEIGHT_BYTES * looked.shape[1] * count * volume
-        together = max(1, min(count, LOOK_BYTES // row_bytes))
-        for group in groups_within(batch, heads, together * row_bytes, LOOK_BYTES):
-            keys = k_video[group][:, tiles.token.flatten()]
-            means = tiles.means(keys.to(exact))
-            for first in range(0, count, together):
-                rows = looked[first : first + together]
-                q = q_video[group][:, rows.flatten()] * head_dim**-0.5
-                logits = product(q, keys.mT).view(len(keys), -1, count, volume).masked_fill_(~tiles.real, -torch.inf)
-                lse = logits.flatten(2).logsumexp(-1)[..., None]
-                weights = logits.sub_(lse[..., None]).exp_()
-                mass = weights.sum(-1)
-                if self.summary:
-                    at_mean = (product(q.to(exact), means.mT) - lse).exp()
-                    value = weights.square_().sum(-1) - 2 * at_mean * mass + tiles.sizes * at_mean.square()
-                else:
-                    value = mass
-                value = value.view(len(keys), *rows.shape, count).mean(2) / tiles.sizes
-                worth[group][:, first : first + together] = value
-        return worth, tiles.sizes
+    def _cluster(self, x_BHND: Tensor, tokens: int, before: Tensor | None) -> Clusters:
+        if before is not None:
+            return kmeans(x_BHND, before, self.iterations)
+        count = min(-(-x_BHND.shape[2] // tokens), MOST_CLUSTERS)
+        return kmeans(x_BHND, first_centroids(x_BHND, count, self.seed), self.first_iterations)
 
 
-class Tiles(NamedTuple):
-    """The grid's tokens by tile, int64 [T, V], padded to the volume of a whole tile with tokens of its own that
-    ``real``, bool [T, V], tells apart; ``sizes`` int64 [T]."""
+def spread(order_BHN: Tensor, sizes_BHC: Tensor, count: int) -> Tensor:
+    """``count`` tokens of every cluster, evenly spaced in its order, int64 [B, H, C * count].
 
-    token: Tensor
-    real: Tensor
-    sizes: Tensor
-
-    @staticmethod
-    def of(grid: Grid, tile: Tile, device: torch.device) -> Tiles:
-        sizes = tile_sizes(grid, tile)
-        place = torch.arange(int(sizes.max()))
-        start = (sizes.cumsum(0) - sizes)[:, None]
-        index = tile_order(grid, tile)[start + torch.minimum(place, sizes[:, None] - 1)]
-        return Tiles(index.to(device), (place < sizes[:, None]).to(device), sizes.to(device))
-
-    def spread(self, count: int) -> Tensor:
-        """``count`` tokens of every tile, evenly spaced; tokens of smaller tiles come more than once: [T, count]."""
-        count = min(count, self.token.shape[1])
-        place = (2 * torch.arange(count, device=self.sizes.device) + 1) * self.sizes[:, None] // (2 * count)
-        return self.token.gather(1, place)
-
-    def means(self, x_HMD: Tensor) -> Tensor:
-        """Means over tiles of tokens [H, T * V, D] in the order of ``token``: [H, T, D]."""
-        x = x_HMD.view(len(x_HMD), *self.token.shape, -1) * self.real[..., None]
-        return x.sum(2) / self.sizes[:, None]
-
-
-def best_pairs(worth_BHTT: Tensor, sizes_T: Tensor, density: float) -> Tensor:
-    """The worthiest pairs of tiles of all heads together, bool [B, H, T, T].
-
-    As many as leave at most ``density`` of the token pairs computed; every tile sees itself in any case.
+    Tokens of smaller clusters come more than once; an empty cluster gets some token of another.
     """
-    batch, heads, count = worth_BHTT.shape[:3]
-    itself = torch.eye(count, dtype=torch.bool, device=worth_BHTT.device)
-    order = worth_BHTT.masked_fill(itself, torch.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
-    pairs = (sizes_T[:, None] * sizes_T).expand(batch, heads, -1, -1).flatten(1).gather(1, order)
-    budget = density * heads * int(sizes_T.sum()) ** 2
-    on = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, pairs.cumsum(1) <= budget)
-    return on.view(worth_BHTT.shape) | itself
+    start = sizes_BHC.cumsum(-1) - sizes_BHC
+    step = (2 * torch.arange(count, device=sizes_BHC.device) + 1) * sizes_BHC[..., None] // (2 * count)
+    place = (start[..., None] + step).clamp(max=order_BHN.shape[2] - 1)
+    return order_BHN.gather(2, place.flatten(2))
+
+
+def spared(looked_BHRD: Tensor, keys_BHND: Tensor, sizes_BHC: Tensor, per_cluster: int) -> Tensor:
+    """E_IJ / m_J of the module's docstring [B, H, Cq, Ck], in float32 at least; 0 for clusters without keys.
+
+    ``looked_BHRD``: ``per_cluster`` queries of each of Cq clusters. ``keys_BHND``: cluster by cluster, ``sizes_BHC``.
+    """
+    batch, heads, rows, head_dim = looked_BHRD.shape
+    exact = torch.promote_types(keys_BHND.dtype, torch.float32)
+    clusters = rows // per_cluster
+    worth = torch.empty(batch, heads, clusters, sizes_BHC.shape[2], dtype=exact, device=keys_BHND.device)
+    row_bytes = WEIGHT_BYTES * keys_BHND.shape[2] * per_cluster
+    together = max(1, min(clusters, LOOK_BYTES // row_bytes))
+    for group in groups_within(batch, heads, together * row_bytes, LOOK_BYTES):
+        keys, lengths = keys_BHND[group], sizes_BHC[group]
+        means = _segment_means(keys.to(exact), lengths)
+        for first in range(0, clusters, together):
+            some = slice(first * per_cluster, (first + together) * per_cluster)
+            queries = looked_BHRD[group][:, some] * head_dim**-0.5
+            logits = product(keys, queries.mT)  # keys down, so that clusters are consecutive rows
+            lse = logits.logsumexp(1, keepdim=True)
+            weights = logits.sub_(lse).exp_()
+            both = _segment_means(torch.cat([weights, weights.square()], -1), lengths)
+            mean, square = both.chunk(2, -1)
+            at_mean = (means @ queries.to(exact).mT - lse).exp()
+            error = (square - 2 * at_mean * mean + at_mean.square()).clamp(min=0)
+            error = error.masked_fill((lengths == 0)[..., None], 0)
+            by_cluster = error.view(*error.shape[:2], -1, per_cluster).mean(-1)
+            worth[group][:, first : first + together] = by_cluster.mT
+    return worth
+
+
+def best_pairs(worth_BHQK: Tensor, q_sizes_BHQ: Tensor, k_sizes_BHK: Tensor, density: float) -> Tensor:
+    """The worthiest pairs of clusters of all heads together, bool [B, H, Cq, Ck].
+
+    As many as leave at most ``density`` of the token pairs computed; every row has its worthiest in any case.
+    """
+    pairs = q_sizes_BHQ[..., :, None] * k_sizes_BHK[..., None, :]
+    first = torch.zeros_like(worth_BHQK, dtype=torch.bool)
+    real = worth_BHQK.masked_fill((k_sizes_BHK == 0)[..., None, :], -1)
+    first.scatter_(3, real.argmax(-1, keepdim=True), True)
+    order = real.masked_fill(first, torch.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
+    budget = density * pairs.flatten(1).sum(1, keepdim=True)
+    within = pairs.flatten(1).gather(1, order).cumsum(1) <= budget
+    on = torch.zeros_like(within).scatter_(1, order, within).view(worth_BHQK.shape)
+    return on | first
+
+
+def _segment_means(x_HND: Tensor, lengths_HC: Tensor) -> Tensor:
+    """Means over consecutive rows, as many as ``lengths`` says: [H, C, D]; 0 where there are none."""
+    sums: Tensor = torch.segment_reduce(x_HND.flatten(0, 1), "sum", lengths=lengths_HC.flatten(), unsafe=True)
+    return sums.view(*lengths_HC.shape, -1) / lengths_HC.clamp(min=1)[..., None]
