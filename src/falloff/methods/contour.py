@@ -101,8 +101,8 @@ class Contour(Method):
         worth = spared(looked, torch.take_along_dim(k_video, k_order[..., None], 2), k.sizes, self.queries)
         on = best_pairs(worth, q.sizes, k.sizes, self.density)
         plan = plan_with_text(call.sequence, Side(q_order, q.sizes), Side(k_order, k.sizes), on, summary=True)
-        centers = {"q": q.centroids.to(q_BHND.dtype), "k": k.centroids.to(k_BHND.dtype)}
-        state.values = {"shape": shape, "step": call.step, "plan": plan, **centers}
+        state.values = {"shape": shape, "step": call.step, "plan": plan}
+        state.values |= {"q": q.centroids.to(q_BHND.dtype), "k": k.centroids.to(k_BHND.dtype)}
         return plan
 
     def _cluster(self, x_BHND: Tensor, tokens: int, before: Tensor | None) -> Clusters:
