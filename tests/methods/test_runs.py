@@ -50,16 +50,16 @@ def test_the_miniature_is_closer_to_dense_the_more_is_answered() -> None:
                 report = falloff.report(pipe)
                 assert report.density < 0.5
                 assert report.reasons == {}
-    assert errors[True] < 0.7 * errors[False] < 0.7, errors
+    assert errors[True] < 0.7 * errors[False], errors
 
 
 def latents(pipe: Any) -> Tensor:
     out = pipe(
         "a green 5 moving left",
-        num_frames=5,
+        num_frames=17,
         height=128,
         width=128,
-        num_inference_steps=2,
+        num_inference_steps=1,
         guidance_scale=1.0,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
