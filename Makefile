@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/falloff compare --output outputs/demo
 
-test: $(VENV)/.ready
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks integrations
 	$(BIN)/ruff format --check src tests benchmarks integrations
 	$(BIN)/mypy
@@ -20,21 +20,26 @@ lint: $(VENV)/.ready
 	$(BIN)/python benchmarks/models.py --check
 
 # Tests of the seam with diffusers under every supported version, in environments of their own. Takes long.
-matrix: $(VENV)/.ready
+matrix: $(VENV)/.dev
 	$(BIN)/python tests/matrix/run.py
 
 # Rewrites the tables of README.md from the committed results in benchmarks/results.
-figures: $(VENV)/.ready
+figures: $(VENV)/.dev
 	$(BIN)/python benchmarks/figures.py
 
 # Tests every family of models, and rewrites docs/models.md from what passed.
-models: $(VENV)/.ready
+models: $(VENV)/.dev
 	$(BIN)/python benchmarks/models.py --test
 
+# What a user installs; developers' tools come on top, because some of them are talkative when diffusers finds them.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "falloff needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
 	touch $@
 

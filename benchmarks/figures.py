@@ -159,12 +159,31 @@ def method_row(arm: dict[str, Any]) -> list[str]:
     ]
 
 
+def seam_figures() -> str:
+    path = RESULTS / "seam-cpu.json"
+    result = json.loads(path.read_text())
+    rows = [
+        [
+            f"{row['grid']} tokens",
+            name,
+            f"{row['native_ms']:.1f} ms",
+            f"{cost['share_of_step']:.2%}",
+            f"{cost['us_a_call']:.0f} us",
+        ]
+        for row in result["rows"]
+        for name, cost in row["attached"].items()
+    ]
+    head = ["miniature", "attached", "dense forward", "more, of it", "more a call"]
+    return table(head, rows) + "\n\n" + source(result, path)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "miniature": miniature_figures,
     "quality": quality_figures,
     "plan": plan_figures,
     "attention": attention_figures,
     "methods": methods_figures,
+    "seam": seam_figures,
 }
 MARKS = re.compile(r"(<!-- figures:(\w+)(?: (\w+))? -->\n).*?(<!-- /figures -->)", re.DOTALL)
 """A place for figures; a second word is what they are of."""
