@@ -125,6 +125,8 @@ def test_pareto_shows_every_method_that_differs(comparison: Comparison) -> None:
         places = [tuple(map(float, place)) for place in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot)]
         assert places[1][1] < places[0][1]  # the second is closer to dense, hence higher
         assert all(pareto.LEFT <= x <= pareto.WIDTH and 0 <= y <= pareto.HEIGHT for x, y in places)
+    round_values = dataclasses.replace(comparison.methods[0], psnr=[20.0, 20.0])
+    assert "nan" not in pareto.by_density(dataclasses.replace(comparison, methods=[round_values]))
     equal = dataclasses.replace(comparison.methods[0], psnr=[np.inf, np.inf])
     only = dataclasses.replace(comparison, methods=[equal])
     assert pareto.by_density(only) == ""

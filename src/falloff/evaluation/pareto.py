@@ -105,7 +105,8 @@ class _Axis(NamedTuple):
         rough = max(most - least, 1.0) / TICKS
         decade = 10 ** math.floor(math.log10(rough))
         step = next(step * decade for step in (1, 2, 5, 10) if step * decade >= rough)
-        return _Axis(math.floor(least / step) * step, math.ceil(most / step - 1e-9) * step, step, start, end)
+        first, last = math.floor(least / step), math.ceil(most / step - 1e-9)
+        return _Axis(first * step, max(last, first + 1) * step, step, start, end)
 
     def at(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
