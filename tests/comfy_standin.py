@@ -122,7 +122,7 @@ class WanModel(nn.Module):
         context: Tensor,
         clip_fea: Tensor | None = None,
         time_dim_concat: Tensor | None = None,
-        transformer_options: dict[str, Any] = {},  # noqa: B006
+        transformer_options: dict[str, Any] = {},  # noqa: B006 - as ComfyUI has it
         **kwargs: Any,
     ) -> Tensor:
         if time_dim_concat is not None:
@@ -162,7 +162,7 @@ class HunyuanVideo(nn.Module):
         context: Tensor,
         attention_mask: Tensor | None = None,
         ref_latent: Tensor | None = None,
-        transformer_options: dict[str, Any] = {},  # noqa: B006
+        transformer_options: dict[str, Any] = {},  # noqa: B006 - as ComfyUI has it
     ) -> Tensor:
         text = self.refiner(context, None, transformer_options, split=True)
         video = [

@@ -120,7 +120,7 @@ def test_each_place_is_put_where_its_order_says() -> None:
     """A model that answers with the cell it is asked for draws the grid's numbers, whatever the order."""
 
     class Echo(LPDTransformer):
-        def forward(self, labels_B, tokens_BP, cells_BP, asked_BG, attend):  # type: ignore[no-untyped-def]
+        def forward(self, labels_B, tokens_BP, cells_BP, asked_BG, attend):  # type: ignore[no-untyped-def]  # as the module has it
             return torch.nn.functional.one_hot(asked_BG, TOKENS).float()
 
     echo = Echo(width=8, layers=1, heads=2, grid_height=HEIGHT, grid_width=WIDTH, vocabulary=TOKENS, classes=CLASSES)
@@ -133,7 +133,7 @@ def test_each_place_is_put_where_its_order_says() -> None:
 def test_guidance_is_the_formula_on_both_branches(schedule: str) -> None:
     decoder, places = model(), orders(2)
     _, labels = sample(2)
-    guidance = Guidance(scale=3.5, schedule=schedule)  # type: ignore[arg-type]
+    guidance = Guidance(scale=3.5, schedule=schedule)  # type: ignore[arg-type]  # wrong on purpose
     drawn = decode(decoder, labels, places, SIZES, guidance=guidance, sampler=GREEDY)
     cond = teacher_forced(decoder, drawn, labels, places)
     uncond = teacher_forced(decoder, drawn, torch.full_like(labels, NO_CLASS), places)

@@ -137,7 +137,7 @@ def test_halton_order_follows_the_sequence() -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown decoding order 'spiral'; choose one of locality, planned"):
-        make_orders("spiral", 4, 4, (1, 15), 1)  # type: ignore[arg-type]
+        make_orders("spiral", 4, 4, (1, 15), 1)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ValueError, match="decodes 16 tokens, the group sizes sum to 15"):
         make_orders("raster", 4, 4, (1, 14), 1)
     with pytest.raises(ValueError, match=r"boolean \[4, 4\], got torch.bool \[4, 5\]"):

@@ -145,7 +145,7 @@ def test_offloaded_parts_are_brought_back_before_they_run() -> None:
     called = []
 
     class Note(ModelHook):
-        def pre_forward(self, module, *args, **kwargs):  # type: ignore[no-untyped-def]
+        def pre_forward(self, module, *args, **kwargs):  # type: ignore[no-untyped-def]  # as in diffusers
             called.append(type(module).__name__)
             return args, kwargs
 

@@ -65,11 +65,11 @@ def test_own_generators_make_an_image_independent_of_its_company() -> None:
 )
 def test_wrong_settings_are_refused(settings: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Sampler(**settings)  # type: ignore[arg-type]
+        Sampler(**settings)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_wrong_guidance_is_refused() -> None:
     with pytest.raises(ValueError, match=r"guidance scale = -0\.1 is negative"):
         Guidance(scale=-0.1)
     with pytest.raises(ValueError, match="'cosine' must be linear or constant"):
-        Guidance(schedule="cosine")  # type: ignore[arg-type]
+        Guidance(schedule="cosine")  # type: ignore[arg-type]  # wrong on purpose

@@ -240,7 +240,7 @@ def flashinfer(*, dense: bool = False) -> dict[str, ModuleType]:
             return out.transpose(0, 1), lse.transpose(0, 1)
 
     class VariableBlockSparseAttentionWrapper(BlockSparseAttentionWrapper):
-        def plan(  # type: ignore[override]
+        def plan(  # type: ignore[override]  # as in flashinfer
             self,
             block_mask_map: Tensor,
             block_row_sz: Tensor,

@@ -15,12 +15,12 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402  -- only where triton is
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402 - as above
 
-from falloff.kernels.triton import width  # noqa: E402
-from falloff.kernels.triton_backward import delta_kernel, dkv_kernel, dq_kernel  # noqa: E402
-from falloff.kernels.triton_forward import forward_kernel  # noqa: E402
-from falloff.kernels.triton_tiles import FULL, HALF, HEAD_DIMS, Tile  # noqa: E402
+from falloff.kernels.triton import width  # noqa: E402 - as above
+from falloff.kernels.triton_backward import delta_kernel, dkv_kernel, dq_kernel  # noqa: E402 - as above
+from falloff.kernels.triton_forward import forward_kernel  # noqa: E402 - as above
+from falloff.kernels.triton_tiles import FULL, HALF, HEAD_DIMS, Tile  # noqa: E402 - as above
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}

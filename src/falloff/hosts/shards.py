@@ -32,7 +32,7 @@ class Shards:
     def split(self, x_BS: Tensor) -> Tensor:
         """[B, S, ...], from the model's order to share by share."""
         at = self.count * self.lead
-        parts = (part.unflatten(1, (self.count, -1)) for part in (x_BS[:, :at], x_BS[:, at:]))  # type: ignore[no-untyped-call]
+        parts = (part.unflatten(1, (self.count, -1)) for part in (x_BS[:, :at], x_BS[:, at:]))  # type: ignore[no-untyped-call]  # as above
         return torch.cat(list(parts), dim=2).flatten(1, 2)
 
 

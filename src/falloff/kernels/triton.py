@@ -65,7 +65,7 @@ def attention(
     dtype = q_BHND.dtype
     if dtype == torch.bfloat16 and interpreting():  # the interpreter multiplies bfloat16 by its bits
         q_BHND, k_BHND, v_BHND = q_BHND.float(), k_BHND.float(), v_BHND.float()
-    out, lse = _Attention.apply(plan, scale, key_valid_BN, q_BHND, k_BHND, v_BHND)  # type: ignore[no-untyped-call]
+    out, lse = _Attention.apply(plan, scale, key_valid_BN, q_BHND, k_BHND, v_BHND)  # type: ignore[no-untyped-call]  # torch's own
     return out.to(dtype), lse
 
 

@@ -31,7 +31,7 @@ def from_units(x_UTD: Tensor, order: Order | None, shape: Sequence[int]) -> Tens
 
 
 def _permuted(x_BHND: Tensor, order: Order) -> Tensor:
-    rows: Tensor = _Permute.apply(x_BHND.reshape(-1, x_BHND.shape[3]), order.take, order.put)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Permute.apply(x_BHND.reshape(-1, x_BHND.shape[3]), order.take, order.put)  # type: ignore[no-untyped-call]  # torch's
     return rows.view(x_BHND.shape)
 
 

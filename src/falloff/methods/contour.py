@@ -27,6 +27,7 @@ from falloff.kernels.groups import groups_within
 from falloff.kernels.product import product
 from falloff.methods.adaspa import check_every, due
 from falloff.methods.base import Call, Choices, Dense, Method, Span, State
+from falloff.methods.ear import segment_means
 from falloff.methods.kmeans import Clusters, first_centroids, kmeans
 from falloff.methods.layout import NOT_FINITE, check_count, check_share
 from falloff.methods.pinned import Side, grid_tokens, plan_with_text
@@ -136,14 +137,14 @@ def spared(looked_BHRD: Tensor, keys_BHND: Tensor, sizes_BHC: Tensor, per_cluste
     together = max(1, min(clusters, LOOK_BYTES // row_bytes))
     for group in groups_within(batch, heads, together * row_bytes, LOOK_BYTES):
         keys, lengths = keys_BHND[group], sizes_BHC[group]
-        means = _segment_means(keys.to(exact), lengths)
+        means = _by_cluster(keys.to(exact), lengths)
         for first in range(0, clusters, together):
             some = slice(first * per_cluster, (first + together) * per_cluster)
             queries = looked_BHRD[group][:, some] * head_dim**-0.5
             logits = product(keys, queries.mT)  # keys down, so that clusters are consecutive rows
             lse = logits.logsumexp(1, keepdim=True)
             weights = logits.sub_(lse).exp_()
-            both = _segment_means(torch.cat([weights, weights.square()], -1), lengths)
+            both = _by_cluster(torch.cat([weights, weights.square()], -1), lengths)
             mean, square = both.chunk(2, -1)
             at_mean = (means @ queries.to(exact).mT - lse).exp()
             error = (square - 2 * at_mean * mean + at_mean.square()).clamp(min=0)
@@ -169,7 +170,6 @@ def best_pairs(worth_BHQK: Tensor, q_sizes_BHQ: Tensor, k_sizes_BHK: Tensor, den
     return on | first
 
 
-def _segment_means(x_HND: Tensor, lengths_HC: Tensor) -> Tensor:
-    """Means over consecutive rows, as many as ``lengths`` says: [H, C, D]; 0 where there are none."""
-    sums: Tensor = torch.segment_reduce(x_HND.flatten(0, 1), "sum", lengths=lengths_HC.flatten(), unsafe=True)
-    return sums.view(*lengths_HC.shape, -1) / lengths_HC.clamp(min=1)[..., None]
+def _by_cluster(x_HND: Tensor, lengths_HC: Tensor) -> Tensor:
+    """Means over the clusters of every head, [H, C, D]."""
+    return segment_means(x_HND.flatten(0, 1), lengths_HC.flatten()).view(*lengths_HC.shape, -1)

@@ -28,7 +28,7 @@ def error_per_pair(q_HCD: Tensor, keys_HND: Tensor, sizes_HC: Tensor) -> Tensor:
     """
     heads, length, head_dim = keys_HND.shape
     lengths = sizes_HC.flatten()
-    means = _segment_means(keys_HND.to(q_HCD.dtype).flatten(0, 1), lengths).view(heads, -1, head_dim)
+    means = segment_means(keys_HND.to(q_HCD.dtype).flatten(0, 1), lengths).view(heads, -1, head_dim)
     together = max(1, WORKING_BYTES // (KEY_BYTES * heads * length))
     errors = []
     for centers in q_HCD.split(together, 1):  # type: ignore[no-untyped-call]  # torch's own, without a type
@@ -38,7 +38,7 @@ def error_per_pair(q_HCD: Tensor, keys_HND: Tensor, sizes_HC: Tensor) -> Tensor:
         at_keys = at_keys.sub_(top).exp_()
         at_mean = (means @ centers.mT - top).exp()
         both = torch.cat([at_keys, at_keys.square()], -1).flatten(0, 1)
-        first, second = _segment_means(both, lengths).view(heads, -1, both.shape[1]).chunk(2, -1)
+        first, second = segment_means(both, lengths).view(heads, -1, both.shape[1]).chunk(2, -1)
         error = (at_mean.square() - 2 * at_mean * first + second).clamp(min=0)
         errors.append(error.masked_fill((sizes_HC == 0)[..., None], 0).mT)
     return torch.cat(errors, 1)
@@ -57,6 +57,7 @@ def spend(worth: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
     return torch.zeros_like(within).scatter_(-1, order, within) & real
 
 
-def _segment_means(x_ND: Tensor, lengths: Tensor) -> Tensor:
+def segment_means(x_ND: Tensor, lengths: Tensor) -> Tensor:
+    """Means over consecutive rows, as many as ``lengths`` [T] says: [T, D]; 0 where there are none."""
     sums: Tensor = torch.segment_reduce(x_ND, "sum", lengths=lengths, unsafe=True)  # sizes of clusters add up
     return sums / lengths.clamp(min=1)[:, None]

@@ -94,7 +94,7 @@ def train(vae: AutoencoderKLWan, folder: Path, seconds: float, start: Model | No
     """
     model = start or seeded(Model)
     model.transformer.compile(dynamic=False)  # a fifth to two fifths faster, once each kind of step is compiled
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # type: ignore[no-untyped-call]  # torch's
     matrices = (p for p in model.transformer.blocks.parameters() if p.ndim == 2)
     both = optimizers(matrices, model, rates=(0.02, 2e-3))
     parts = {"model": model, "averaged": averaged, **both}

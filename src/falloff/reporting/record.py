@@ -25,14 +25,14 @@ class Stopwatch:
         if self._stop is None:
             return None
         if isinstance(self._start, float) or isinstance(self._stop, float):
-            return float(self._stop) - float(self._start)  # type: ignore[arg-type]
+            return float(self._stop) - float(self._start)  # type: ignore[arg-type]  # both are floats or neither
         self._stop.synchronize()
         return float(self._start.elapsed_time(self._stop)) / 1000
 
     def _mark(self) -> float | torch.cuda.Event:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch left it untyped
         event.record()
         return event
 

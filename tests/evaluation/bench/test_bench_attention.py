@@ -16,7 +16,7 @@ TINY = shape_of("2,16,3x8x8")
 
 
 def tiny(**changes: object) -> Work:
-    return Work(**{"shape": TINY, "block": 16, **changes})  # type: ignore[arg-type]
+    return Work(**{"shape": TINY, "block": 16, **changes})  # type: ignore[arg-type]  # of mixed types
 
 
 @pytest.fixture

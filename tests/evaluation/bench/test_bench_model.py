@@ -80,7 +80,7 @@ def test_a_forward_sees_the_shapes_tokens(made: torch.nn.Module) -> None:
     assert inputs["hidden_states"].shape == (1, 16, 4, 16, 16)
     assert inputs["encoder_hidden_states"].shape == (1, 4, 16)
     seen: list[int] = []
-    made.blocks[0].attn1.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[1]))  # type: ignore[union-attr]
+    made.blocks[0].attn1.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[1]))  # type: ignore[union-attr]  # a block
     ways.Runner(made, inputs).forward()
     assert seen == [TINY.shape.tokens] == [256]
 

@@ -45,7 +45,7 @@ def attention(
     given = kept(plan, ("cudnn", batch, heads), lambda: sparse(plan, batch, heads))
     q = F.pad(in_order(q_BHND, plan.q_order), (0, 0, 0, -plan.q_len % given.block))  # whole blocks of queries only
     k, v = (in_order(x, plan.kv_order) for x in (k_BHND, v_BHND))
-    out, lse = _Attention.apply(scale, given, *(x.contiguous() for x in (q, k, v)))  # type: ignore[no-untyped-call]
+    out, lse = _Attention.apply(scale, given, *(x.contiguous() for x in (q, k, v)))  # type: ignore[no-untyped-call]  # torch's own
     out, lse = out[:, :, : plan.q_len], lse[:, :, : plan.q_len]
     return from_order(out, plan.q_order), from_order(lse[..., None], plan.q_order).squeeze(-1)
 
