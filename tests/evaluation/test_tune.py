@@ -75,6 +75,8 @@ def test_recall_goal(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len({str(each) for each in again.tried}) > len(found.tried)  # others than before
     with pytest.raises(TuningError, match=r"trials of another search \(other goal\)"):
         tune(pipe, "a fox", goal=Goal("recall", 0.9), seconds=1, trials=trials, **CALL)
+    with pytest.raises(TuningError, match=r"trials of another search \(other kernel\)"):
+        tune(pipe, "a fox", goal=goal, seconds=1, trials=trials, kernel="reference", **CALL)
     found.recipe.save(tmp_path / "r.yaml")
     assert falloff.Recipe.load(tmp_path / "r.yaml").method == best.candidate.method
 

@@ -171,6 +171,7 @@ class _Search:
             "pairs": [[pair.prompt, pair.seed] for pair in self._pairs],
             "methods": [kind.name for kind in self.kinds],
             "goal": str(self.goal),
+            "kernel": self._kernel,
             "call": {name: str(value) for name, value in self._arguments.items()},
         }
 
