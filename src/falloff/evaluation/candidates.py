@@ -48,8 +48,8 @@ class Space:
         settings = {knob: _value(trial, f"{name}.{knob}", where) for knob, where in kind.knobs.items()}
         least, most, step = DENSE_FIRST
         share = trial.suggest_float("dense_first", least, most, step=step)
-        count = trial.suggest_int("dense_layers", 0, max(1, int(DENSE_LAYERS * len(self.sensitive))))
-        layers = tuple(sorted(self.sensitive[:count]))
+        dense = trial.suggest_int("dense_layers", 0, max(1, int(DENSE_LAYERS * len(self.sensitive))))
+        layers = tuple(sorted(self.sensitive[:dense]))
         return Candidate(kind(**settings), Schedule(dense_first=round(share, 3), dense_layers=layers))
 
     def defaults(self, kind: type[Method]) -> dict[str, Any]:
