@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from falloff.miniature import digits
 from falloff.miniature.digits import COLOURS, GLYPH, Floats, Wish
-from falloff.miniature.state import seeded
+from falloff.training_state import seeded
 
 BRIGHT = 0.35  # a pixel whose strongest channel is above this belongs to a digit
 FEWEST = 60  # px: less of a colour than this in a frame is not a digit (the thinnest 1 has about 250)

@@ -6,7 +6,7 @@ from falloff.miniature import judge
 from falloff.miniature.digits import held_out_scans, training_scans
 from falloff.miniature.images import measure, tokenizer, transformer
 from falloff.miniature.images.pictures import pictures
-from falloff.miniature.state import seeded
+from falloff.training_state import seeded
 
 
 @pytest.fixture(scope="module")
