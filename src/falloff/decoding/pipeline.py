@@ -46,7 +46,7 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
         num_inference_steps: int = 20,
         guidance_scale: float = 4.8,
         guidance_schedule: Literal["linear", "constant"] = "linear",
-        order: OrderName = "locality",
+        order: OrderName | Tensor = "locality",
         locality: Locality | None = None,
         sizes: Sequence[int] | None = None,
         temperature: float = 1.0,
@@ -63,7 +63,8 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
 
         num_inference_steps: groups of tokens, of the published or cosine sizes, unless ``sizes`` gives them.
         guidance_scale, guidance_schedule: see ``Guidance``; 1 is none, and half the work.
-        order: see ``make_orders``; a distinct one is drawn for each image, by the rule ``locality``.
+        order: see ``make_orders``; a distinct one is drawn for each image, by the rule ``locality``. Or the orders
+            themselves, int64 [labels, tokens].
         temperature, top_k, top_p: see ``Sampler``.
         image, mask: change an image (one for all labels, or one each; PIL, NumPy in [0, 1] or tensor in [0, 1]) where
             the mask [height, width] is set: tokens with a masked pixel are decoded anew, which takes fewer steps.
@@ -102,33 +103,37 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
                 known_BN=None if known is None else known.flatten(1),
                 on_step=on_step,
             )
-        images = self._images(tokens.reshape(-1, *self._grid), output_type)
+        images = self.draw(tokens.reshape(-1, *self._grid), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @property
-    def _grid(self) -> tuple[int, int]:
-        return self.transformer.config.grid_height, self.transformer.config.grid_width
-
-    def _images(self, codes_BHW: Tensor, output_type: str) -> Any:
+    @torch.no_grad()
+    def draw(self, codes_BHW: Tensor, output_type: str = "pil") -> Any:
+        """Images of codes, int64 [images, height, width] of the grid; ``output_type`` as of a call."""
         if output_type == "latent":
             return codes_BHW
         pixels = self.vae.decode(codes_BHW).float().clamp(-1, 1)
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return self.transformer.config.grid_height, self.transformer.config.grid_width
+
     def _orders(
         self,
-        name: OrderName,
+        order: OrderName | Tensor,
         sizes: Sequence[int],
         count: int,
         generator: Generators,
         locality: Locality | None,
         known: Tensor | None,
     ) -> Tensor:
+        if isinstance(order, Tensor):
+            return order
         known_HW = None if known is None else known[0] != UNKNOWN
         sources = [(g, 1) for g in generator] if isinstance(generator, Sequence) else [(generator, count)]
         drawn = [
-            make_orders(name, *self._grid, sizes, many, source, locality=locality, known_HW=known_HW)
+            make_orders(order, *self._grid, sizes, many, source, locality=locality, known_HW=known_HW)
             for source, many in sources
         ]
         return torch.cat(drawn)
