@@ -4,7 +4,8 @@ import pytest
 import torch
 from decoders import CLASSES, HEIGHT, SIZES, TOKENS, VOCABULARY, WIDTH, model, orders, sample, seed, teacher_forced
 
-from falloff.decoding.decode import UNKNOWN, Cache, decode, step
+from falloff.decoding.cache import Cache
+from falloff.decoding.decode import UNKNOWN, decode, step
 from falloff.decoding.order import make_orders
 from falloff.decoding.sampling import Guidance, Sampler
 from falloff.decoding.transformer import NO_CLASS, LPDTransformer

@@ -4,7 +4,8 @@ from decoders import HEIGHT, SIZES, TOKENS, WIDTH, model, orders, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from falloff.decoding.decode import Cache, decode
+from falloff.decoding.cache import Cache
+from falloff.decoding.decode import decode
 from falloff.decoding.diagnostics import attention_by_distance, cost
 from falloff.decoding.sampling import Guidance
 from falloff.decoding.sizes import group_sizes

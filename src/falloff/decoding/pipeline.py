@@ -15,6 +15,7 @@ from falloff.decoding.decode import UNKNOWN, decode
 from falloff.decoding.order import Locality, OrderName, make_orders
 from falloff.decoding.sampling import Generators, Guidance, Sampler
 from falloff.decoding.sizes import group_sizes
+from falloff.decoding.static import StaticSteps
 from falloff.decoding.tokenizer import VQTokenizer
 from falloff.decoding.transformer import LPDTransformer
 
@@ -38,6 +39,18 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
             )
         self.register_modules(transformer=transformer, vae=vae)
         self.image_processor = VaeImageProcessor(do_resize=False, vae_latent_channels=0)
+        self._compiled: StaticSteps | None = None
+
+    def compile_decoding(self, **options: Any) -> None:
+        """From now on decode by compiled steps of one shape, for which the next call takes long.
+
+        ``options``: those of ``torch.compile``; on a GPU ``mode="reduce-overhead"`` makes CUDA graphs of the steps.
+        Sizes of batch, another largest group or another data type are compiled anew. Raises ``ValueError`` for a
+        transformer that is moved to its device layer by layer or call by call.
+        """
+        if hasattr(self.transformer, "_hf_hook"):
+            raise ValueError("the transformer is offloaded, which no compiled step can be; keep it on its device")
+        self._compiled = StaticSteps(self.transformer, **options)
 
     @torch.no_grad()
     def __call__(
@@ -102,6 +115,7 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
                 generator=generator,
                 known_BN=None if known is None else known.flatten(1),
                 on_step=on_step,
+                compiled=self._compiled,
             )
         images = self.draw(tokens.reshape(-1, *self._grid), output_type)
         self.maybe_free_model_hooks()

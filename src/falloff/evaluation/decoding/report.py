@@ -94,9 +94,9 @@ def _pictures(comparison: Comparison) -> str:
     for number, asked in enumerate(comparison.asked):
         room -= sum(len(arm.pictures[number]) for arm in comparison.arms)
         if room < 0:
-            left = len(comparison.asked) - number
+            total = len(comparison.asked)
             shown.append(
-                f"<p>{left} more of {len(comparison.asked)} pictures by each way are in the folder beside this page.</p>"
+                f"<p>{total - number} more of {total} pictures by each way are in the folder beside this page.</p>"
             )
             break
         cards = "".join(_card(arm, number, asked) for arm in comparison.arms)
