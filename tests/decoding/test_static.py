@@ -10,10 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from falloff.decoding import LPDPipeline
 from falloff.decoding.cache import Cache
-from falloff.decoding.decode import UNKNOWN, decode
 from falloff.decoding.order import make_orders
 from falloff.decoding.sampling import Guidance, Sampler
 from falloff.decoding.static import StaticSteps
+from falloff.decoding.steps import UNKNOWN, decode
 
 
 @pytest.fixture(autouse=True)

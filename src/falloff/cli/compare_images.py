@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +74,5 @@ def _judge(checkpoint: Checkpoint, progress: Steps) -> Judge | None:
         return None
     from falloff.miniature.images.measure import Judge
 
-    progress.show("training a reader of digits")
-    with tempfile.TemporaryDirectory() as folder:
-        return Judge(Path(folder) / "judge.pt")
+    progress.show("loading the judge")
+    return Judge()

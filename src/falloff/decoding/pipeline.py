@@ -11,11 +11,11 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from falloff.decoding.decode import UNKNOWN, decode
 from falloff.decoding.order import Locality, OrderName, make_orders
 from falloff.decoding.sampling import Generators, Guidance, Sampler
 from falloff.decoding.sizes import group_sizes
 from falloff.decoding.static import StaticSteps
+from falloff.decoding.steps import UNKNOWN, decode
 from falloff.decoding.tokenizer import VQTokenizer
 from falloff.decoding.transformer import LPDTransformer
 

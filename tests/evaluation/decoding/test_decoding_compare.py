@@ -16,7 +16,6 @@ sys.path.append(str(Path(__file__).parents[2] / "decoding"))
 
 from falloff.decoding import LPDPipeline, make_orders
 from falloff.decoding.sizes import group_sizes
-from falloff.evaluation.decoding import compare as module
 from falloff.evaluation.decoding import figures, report
 from falloff.evaluation.decoding.compare import compare
 from falloff.evaluation.decoding.comparison import Comparison
@@ -27,12 +26,13 @@ CLASSES, SEEDS, STEPS = [0, 3], (0, 1), 6
 class Reader:
     """A judge that notes what it is shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, frechet: float | None) -> None:
         self.shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.frechet = frechet
 
-    def score(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    def score(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
         self.shown.append((images, labels))
-        return {"accuracy": 0.75, "frechet": 1.25}
+        return {"accuracy": 0.75, "frechet": self.frechet}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def found(pipe: LPDPipeline) -> Comparison:
 
 @pytest.fixture(scope="module")
 def judged(pipe: LPDPipeline) -> tuple[Comparison, Reader]:
-    reader = Reader()
+    reader = Reader(None)
     return compare(pipe, CLASSES, num_inference_steps=STEPS, judge=reader), reader
 
 
@@ -121,7 +121,7 @@ def test_orders_are_shown_as_they_were(found: Comparison) -> None:
 
 
 def test_a_judge_reads_all_pictures_and_nothing_else_is_told(
-    judged: tuple[Comparison, Reader], pipe: LPDPipeline, monkeypatch: pytest.MonkeyPatch
+    judged: tuple[Comparison, Reader], pipe: LPDPipeline
 ) -> None:
     found, reader = judged
     assert len(reader.shown) == 5
@@ -134,9 +134,8 @@ def test_a_judge_reads_all_pictures_and_nothing_else_is_told(
     assert rows["read as asked"] == ["75.0%"] * 5
     assert rows["Frechet distance"] == ["-"] * 5
     assert "tokens kept" not in rows
-    assert "Of 2 pictures 75.0% are read" in figures.verdict(found, found.parallel[0]).replace("of 2", "Of 2")
-    monkeypatch.setattr(module, "FEWEST_FOR_DISTANCE", 1)
-    enough = compare(pipe, [0], num_inference_steps=STEPS, judge=Reader())
+    assert "of 2 pictures 75.0% are read" in figures.verdict(found, found.parallel[0])
+    enough = compare(pipe, [0], num_inference_steps=STEPS, judge=Reader(1.25))
     assert {row.name: row.cells for row in figures.rows(enough)}["Frechet distance"] == ["1.250"] * 5
     assert "Frechet distance" in report.html(enough).split("<h2>")[0]
 

@@ -36,8 +36,6 @@ ORDERS: dict[str, OrderName] = {
 """Ways to decode in parallel, by label."""
 SEQUENTIAL: OrderName = "random"
 """Of one token after another: the order that models are trained on."""
-FEWEST_FOR_DISTANCE = 100
-"""Pictures below which a normal distribution fitted to their features means nothing."""
 SCRATCH_BYTES = 256 << 20
 """Attention is held for as many pictures as fit in this, and one at least."""
 OURS = ("class_labels", "order", "sizes", "image", "mask")
@@ -48,7 +46,10 @@ class Judge(Protocol):
     """Reads pictures: a classifier of the model's classes that knows real pictures."""
 
     def score(self, images: Tensor, labels: Tensor) -> Mapping[str, Any]:
-        """``accuracy`` and ``frechet`` of pictures [n, C, H, W] in [-1, 1] that were asked to show ``labels``."""
+        """``accuracy`` and ``frechet`` of pictures [n, C, H, W] in [-1, 1] that were asked to show ``labels``.
+
+        ``frechet`` is ``None`` of too few pictures.
+        """
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,7 @@ def _chance(twins: Sequence[list[_Drawn]]) -> float | None:
 def _scores(judge: Judge, drawn: list[_Drawn], asked: Sequence[Asked]) -> Scores:
     images = torch.stack([each.pixels_CHW for each in drawn]) * 2 - 1
     found = judge.score(images, torch.tensor([each.label for each in asked]))
-    enough = len(drawn) >= FEWEST_FOR_DISTANCE
-    return Scores(len(drawn), float(found["accuracy"]), float(found["frechet"]) if enough else None)
+    return Scores(len(drawn), found["accuracy"], found["frechet"])
 
 
 def _orders(pipe: LPDPipeline, way: _Way, generator: torch.Generator, call_arguments: Mapping[str, Any]) -> Tensor:

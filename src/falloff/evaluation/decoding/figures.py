@@ -110,7 +110,7 @@ def _judged(arms: list[Arm]) -> list[Row]:
             "Frechet distance",
             [distance(arm) for arm in arms],
             "Between normal distributions fitted to the classifier's features of these pictures and of real ones; "
-            "told from 100 pictures on, and comparable between equally many only.",
+            "told of more pictures than features, and comparable between equally many only.",
         ),
     ]
 
