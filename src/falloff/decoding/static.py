@@ -48,7 +48,7 @@ class StaticSteps:
         start, new, asked = max(1, cache.filled), tokens_BP.shape[1], asked_BG.shape[1]
         counts = torch.tensor([start, new, asked], device=labels_B.device)
         tokens, cells = (pad(part, (0, width - new)) for part in (tokens_BP, cells_BP))
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # PyTorch left it untyped
         logits: Tensor = self._step(
             self._model, cache.keys, cache.values, labels_B, tokens, cells, pad(asked_BG, (0, width - asked)), counts
         )

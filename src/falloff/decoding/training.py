@@ -155,7 +155,7 @@ class _Share(NamedTuple):
     model: nn.Module
     device: torch.device
     number: int
-    count: int
+    processes: int
 
 
 def _share(model: LPDTransformer, recipe: Recipe, accelerator: Accelerator | None) -> _Share:
@@ -178,7 +178,7 @@ def _share(model: LPDTransformer, recipe: Recipe, accelerator: Accelerator | Non
 
 def _first(value: float, share: _Share) -> float:
     """The first process's value."""
-    if share.count == 1:
+    if share.processes == 1:
         return value
     told = torch.tensor(value, dtype=torch.float64, device=share.device)
     torch.distributed.broadcast(told, 0)
@@ -187,7 +187,7 @@ def _first(value: float, share: _Share) -> float:
 
 def _check_same_step(step: int, share: _Share) -> None:
     """All processes must see the same state, or they would wait for one another for ever."""
-    if share.count == 1:
+    if share.processes == 1:
         return
     both = torch.tensor([step, -step], device=share.device)
     torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
@@ -212,11 +212,11 @@ def _step(
     orders = draw_orders(recipe.batch, tokens.shape[1], generator)
     drawn = torch.randint(len(recipe.steps), (recipe.batch,), generator=generator).tolist()
     sizes = [group_sizes(tokens.shape[1], recipe.steps[i]) for i in drawn]
-    own = slice(share.number, None, share.count)
+    own = slice(share.number, None, share.processes)
     with torch.random.fork_rng():
-        torch.manual_seed(step * share.count + share.number)  # dropout knows the global generator alone
-        on_device = (part[own].to(share.device) for part in (tokens, labels, orders))
-        loss = decoding_loss(share.model, *on_device, sizes[own])
+        torch.manual_seed(step * share.processes + share.number)  # dropout knows the global generator alone
+        tokens, labels, orders = (part[own].to(share.device) for part in (tokens, labels, orders))
+        loss = decoding_loss(share.model, tokens, labels, orders, sizes[own])
         torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(share.model.parameters(), recipe.clip)
     for optimizer in optimizers:

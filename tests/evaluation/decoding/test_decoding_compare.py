@@ -132,8 +132,7 @@ def test_a_judge_reads_all_pictures_and_nothing_else_is_told(
     assert found.chance is None
     rows = {row.name: row.cells for row in figures.rows(found)}
     assert rows["read as asked"] == ["75.0%"] * 5
-    assert rows["Frechet distance"] == ["-"] * 5
-    assert "tokens kept" not in rows
+    assert not {"Frechet distance", "tokens kept"} & set(rows)
     assert "of 2 pictures 75.0% are read" in figures.verdict(found, found.parallel[0])
     enough = compare(pipe, [0], num_inference_steps=STEPS, judge=Reader(1.25))
     assert {row.name: row.cells for row in figures.rows(enough)}["Frechet distance"] == ["1.250"] * 5

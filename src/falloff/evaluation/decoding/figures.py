@@ -51,7 +51,7 @@ def rows(comparison: Comparison) -> list[Row]:
 
 def table(comparison: Comparison) -> Table:
     """The figures for a terminal."""
-    return figures.terminal(f"{len(comparison.asked)} pictures by each way", columns(comparison), rows(comparison))
+    return figures.terminal(f"{pictures(len(comparison.asked))} by each way", columns(comparison), rows(comparison))
 
 
 def verdict(comparison: Comparison, arm: Arm) -> str:
@@ -67,9 +67,13 @@ def verdict(comparison: Comparison, arm: Arm) -> str:
             "pictures are is for the eye: there is no judge of this model's classes."
         )
     return (
-        f"{gain}; of {after.pictures} pictures {figures.percent(after.accuracy)} are read as the class asked for, "
+        f"{gain}; of {pictures(after.pictures)} {figures.percent(after.accuracy)} are read as the class asked for, "
         f"{figures.percent(before.accuracy)} of the sequential ones."
     )
+
+
+def pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
 
 
 def agreement(arm: Arm) -> str:
@@ -99,20 +103,20 @@ def _judged(arms: list[Arm]) -> list[Row]:
     scores = [arm.scores for arm in arms if arm.scores is not None]
     if not scores:
         return []
-    return [
-        Row(
-            "read as asked",
-            [figures.percent(each.accuracy) for each in scores],
-            f"Of {scores[0].pictures} pictures, those that a classifier trained on real ones reads as the class "
-            "asked for.",
-        ),
-        Row(
-            "Frechet distance",
-            [distance(arm) for arm in arms],
-            "Between normal distributions fitted to the classifier's features of these pictures and of real ones; "
-            "told of more pictures than features, and comparable between equally many only.",
-        ),
-    ]
+    read = Row(
+        "read as asked",
+        [figures.percent(each.accuracy) for each in scores],
+        f"Of {pictures(scores[0].pictures)}, those that a classifier trained on real ones reads as asked.",
+    )
+    if scores[0].frechet is None:
+        return [read]
+    far = Row(
+        "Frechet distance",
+        [distance(arm) for arm in arms],
+        "Between normal distributions fitted to the classifier's features of these pictures and of real ones; told of "
+        "more pictures than features, and comparable between equally many only.",
+    )
+    return [read, far]
 
 
 def _floating(count: int) -> str:

@@ -55,7 +55,7 @@ def html(comparison: Comparison) -> str:
     return page.frame(
         title=f"falloff: {comparison.parallel[0].steps} steps against {comparison.sequential.steps}",
         heading="What fewer steps gained, and what they cost",
-        subtitle=f"{comparison.model}, {len(comparison.asked)} pictures by each way, {comparison.created}",
+        subtitle=f"{comparison.model}, {figures.pictures(len(comparison.asked))} by each way, {comparison.created}",
         content=page.template("decoding/report.html").substitute(parts),
         settings={
             "pipeline call": page.words(comparison.call_arguments),
