@@ -57,6 +57,18 @@ def test_states_apart_and_uneven_batches_are_refused(folder: Path) -> None:
         assert "a batch of 5 has no even shares for 2 processes" in uneven
 
 
+def test_a_single_process_is_one_without_an_accelerator(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    try:
+        made = together.trained(tmp_path / "with", 2, Accelerator(cpu=True), 0.1).state_dict()
+    finally:
+        AcceleratorState._reset_state(True)  # what is left behind would be every other test's
+    plain = together.trained(tmp_path / "without", 2, None, 0.1).state_dict()
+    assert all(torch.equal(made[name], plain[name]) for name in plain)
+
+
 def test_accelerators_that_shard_or_scale_are_refused(tmp_path: Path) -> None:
     class Sharding:
         class distributed_type:

@@ -46,11 +46,12 @@ class StaticSteps:
         ``width``: tokens of the largest group. The logits are valid until the next step.
         """
         start, new, asked = max(1, cache.filled), tokens_BP.shape[1], asked_BG.shape[1]
-        counts = torch.tensor([start, new, asked], device=labels_B.device)
+        # filled on the device: a copy to it would wait for all steps before
+        counts = [torch.full((), count, device=labels_B.device) for count in (start, new, asked)]
         tokens, cells = (pad(part, (0, width - new)) for part in (tokens_BP, cells_BP))
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # PyTorch left it untyped
         logits: Tensor = self._step(
-            self._model, cache.keys, cache.values, labels_B, tokens, cells, pad(asked_BG, (0, width - asked)), counts
+            self._model, cache.keys, cache.values, labels_B, tokens, cells, pad(asked_BG, (0, width - asked)), *counts
         )
         cache.filled = start + new
         return logits[:, :asked]
@@ -64,10 +65,13 @@ def padded_step(
     tokens_BW: Tensor,
     cells_BW: Tensor,
     asked_BW: Tensor,
-    counts_3: Tensor,
+    start: Tensor,
+    new: Tensor,
+    asked: Tensor,
 ) -> Tensor:
-    """Logits of ``asked_BW``. ``counts_3``: the first token's slot, and how many tokens and queries are real."""
-    start, new, asked = counts_3.unbind()
+    """Logits of ``asked_BW``. ``start``: the first token's slot; ``new``, ``asked``: how many tokens and queries are
+    real, each an int64 of no dimensions.
+    """
     width, last = tokens_BW.shape[1], keys.shape[3] - 1
     place = torch.arange(width, device=keys.device)
     slots = torch.cat([torch.zeros_like(place[:1]), torch.where(place < new, start + place, last)])
