@@ -41,8 +41,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """As the reference, at a cost proportional to the plan's density. Differentiable through out and LSE.
 
-    With ``skip`` the first product is made twice: for the decision, then for what remains. That is less work only
-    where about half of the blocks or more go.
+    With ``skip`` the first product is made twice: for the decision, then for what remains, which takes longer than
+    to leave out nothing.
     """
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHND, k_BHND, v_BHND))
     if plan.skip is not None:

@@ -68,6 +68,7 @@ def late_in_rows(plan: Plan, q_BHND: Tensor, k_BHND: Tensor, scale: float, key_v
         k_there &= key_valid_BN[:, None, :, None]
     q, q_there = (_in_blocks(x, plan.q_order, plan.q_sizes) for x in (q_BHND, q_there))
     k, k_there = (_in_blocks(x, plan.kv_order, plan.kv_sizes) for x in (k_BHND, k_there))
+    whole = bool(q_there.all() & k_there.all())
     late = torch.zeros_like(on)
     counts = on.sum(1)
     for count in np.unique(counts.numpy()).tolist():
@@ -79,9 +80,11 @@ def late_in_rows(plan: Plan, q_BHND: Tensor, k_BHND: Tensor, scale: float, key_v
         for row, column in zip(rows.split(together), columns.split(together), strict=True):  # type: ignore[no-untyped-call]  # torch's
             own = (row // plan.blocks.shape[2] * plan.blocks.shape[3])[:, None] + column
             scores = product(q[row], k[own].flatten(1, 2).mT) * scale
-            there = q_there[row] & k_there[own].flatten(1, 2).mT
-            scores = scores.masked_fill_(~there, -torch.inf).view(*scores.shape[:2], count, plan.kv_sizes)
-            too_late = _too_late(plan, _rise(scores.amax(-1)).amax(1))
+            if not whole:
+                there = q_there[row] & k_there[own].flatten(1, 2).mT
+                scores = scores.masked_fill_(~there, -torch.inf)
+            highest = scores.view(*scores.shape[:2], count, plan.kv_sizes).amax(-1)
+            too_late = _too_late(plan, _rise(highest).amax(1))
             too_late[:, count - PROTECTED :] = False
             late[row] = late[row].scatter(1, column, too_late)
     return late.view(batch, heads, *plan.blocks.shape[2:])
