@@ -67,7 +67,7 @@ def test_recall_goal(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found.recipe.evidence["compared"][-1]["settings"] == best.candidate.method.settings()
     assert "candidates, best" in "".join(said)
     assert not hasattr(pipe.transformer, "_falloff")
-    monkeypatch.setattr(tuning._Search, "compare", lambda search, best: found.comparison)
+    monkeypatch.setattr(tuning._Search, "compare", lambda search, plain, best: found.comparison)
     monkeypatch.setattr(tuning, "_run", lambda search, study, deadline: tuning._round(search, study))
     again = tune(pipe, "a fox", goal=goal, seconds=1, trials=trials, **CALL)
     assert again.tried[: len(found.tried)] == found.tried

@@ -28,10 +28,12 @@ from falloff.evaluation.generate import check_arguments, generate, steps
 from falloff.evaluation.metrics import psnr
 from falloff.evaluation.probe import Probe
 from falloff.evaluation.recall import RecallObserver, Recalls
+from falloff.evaluation.refine import LEVELS, Looks, finer
 from falloff.evaluation.study import COST, FIDELITY, TuningError
 from falloff.methods import METHODS, get
 from falloff.methods.base import Method
 from falloff.recipe import Recipe
+from falloff.schedule import Schedule
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -125,11 +127,15 @@ def tune(
     search = _Search(pipe, pairs, wanted, goal, kernel, say, call_arguments)
     with studies.opened(trials, search.identity()) as study:
         search.prepare()
-        _run(search, study, deadline=started + seconds - search.seconds_to_compare())
+        deadline = started + seconds - search.seconds_to_compare()
+        _run(search, study, deadline - search.seconds_to_refine())
         tried = [search.tried(trial) for trial in studies.judged(study)]
+    plain = _best(tried, goal)
+    refined, measured = search.refine(plain, deadline)
+    tried += refined
     best = _best(tried, goal)
-    comparison = search.compare(best)
-    return Tuned(search.recipe(best, comparison, len(tried)), comparison, tried)
+    comparison = search.compare(plain, best)
+    return Tuned(search.recipe(best, comparison, len(tried), measured), comparison, tried)
 
 
 def kinds(names: str | Iterable[str]) -> list[type[Method]]:
@@ -191,9 +197,12 @@ class _Search:
         self.space = Space(self.kinds, sensitive)
 
     def seconds_to_compare(self) -> float:
-        """Dense twice, the defaults and the best, and short runs first."""
-        each = sum(dense.seconds for dense in self._dense)
-        return 4 * each + 6 / self._steps * self._dense[0].seconds
+        """Dense twice, the defaults, the best and what it was refined from, and short runs first."""
+        return 5 * self._seconds() + 8 / self._steps * self._dense[0].seconds
+
+    def seconds_to_refine(self) -> float:
+        """A dense run to look, and one of every candidate."""
+        return (1 + len(LEVELS)) * self._seconds()
 
     def tried(self, trial: FrozenTrial) -> Tried:
         from optuna.trial import FixedTrial
@@ -211,12 +220,27 @@ class _Search:
     def at_once(self) -> int:
         return AT_ONCE if self.goal.measure == "recall" else 1
 
-    def compare(self, best: Tried) -> Comparison:
-        """The best, its method's defaults and dense, interleaved."""
-        candidate = best.candidate
-        default = type(candidate.method)()
-        methods = [candidate.method] if default == candidate.method else [default, candidate.method]
-        schedules = [candidate.schedule] if default == candidate.method else [default.schedule, candidate.schedule]
+    def refine(self, plain: Tried, deadline: float) -> tuple[list[Tried], dict[str, Any]]:
+        """Candidates that differ by layer or head, judged, and what was measured; none where time is short."""
+        if time.monotonic() + 2 * self._seconds() > deadline:
+            return [], {}
+        self.say("which layers and heads can do with less")
+        found = finer(plain.candidate, Looks(self._observe, self._recalls, self._steps))
+        tried: list[Tried] = []
+        for candidate in found.candidates:
+            if time.monotonic() + self._seconds() > deadline:
+                break
+            ((cost, fidelity),) = self.judge([candidate])
+            tried.append(Tried(candidate, cost, fidelity))
+            self.say(f"refined, {len(tried)} of {len(found.candidates)}")
+        return tried, found.measured
+
+    def compare(self, plain: Tried, best: Tried) -> Comparison:
+        """The best, what it was refined from, its method's defaults and dense, interleaved."""
+        default = type(plain.candidate.method)()
+        ways: dict[Method, Schedule] = {default: default.schedule}  # one of each method, the last schedule given
+        ways |= {each.candidate.method: each.candidate.schedule for each in (plain, best)}
+        methods, schedules = list(ways), list(ways.values())
         return compare(
             self._pipe,
             list(dict.fromkeys(pair.prompt for pair in self._pairs)),
@@ -228,7 +252,7 @@ class _Search:
             **self._arguments,
         )
 
-    def recipe(self, best: Tried, comparison: Comparison, count: int) -> Recipe:
+    def recipe(self, best: Tried, comparison: Comparison, count: int, measured: dict[str, Any]) -> Recipe:
         values = comparison.to_dict()
         keep = ("created", "call_arguments", "pairs", "machine", "versions")
         figures = (
@@ -253,6 +277,7 @@ class _Search:
                 "candidates": count,
                 **{name: values[name] for name in keep},
                 "compared": [{name: arm[name] for name in figures} for arm in values["methods"]],
+                **measured,
             },
         )
 
@@ -263,6 +288,16 @@ class _Search:
         with api.using(self._pipe, Probe(observers=(observer,))):
             generate(self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments)
         return list(observer.found)
+
+    def _observe(self, probe: Probe) -> None:
+        """Show every pair's dense run to a probe."""
+        for pair in self._pairs:
+            with api.using(self._pipe, probe):
+                generate(self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments)
+
+    def _seconds(self) -> float:
+        """Of one dense run of all pairs."""
+        return sum(dense.seconds for dense in self._dense)
 
     def _by_recall(self, candidate: Candidate, found: Recalls) -> tuple[float, float]:
         if not found.calls:

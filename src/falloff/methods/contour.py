@@ -56,6 +56,7 @@ class Contour(Method):
 
     name: ClassVar[str] = "contour"
     schedule: ClassVar[Schedule] = Schedule(dense_first=0.25, dense_layers=())
+    dial: ClassVar[str | None] = "density"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "density": Span(0.03, 0.5, log=True),
         "q_tokens": Choices((32, 64, 128)),

@@ -51,6 +51,7 @@ class SpargeAttn(Method):
     """
 
     name: ClassVar[str] = "sparge"
+    dial: ClassVar[str | None] = "keep"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "mode": Choices(get_args(Mode)),
         "keep": Span(0.05, 0.95),
