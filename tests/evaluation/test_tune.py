@@ -99,6 +99,13 @@ def test_the_cheapest_that_reaches_wins() -> None:
     assert tuning._best(tried, Goal("psnr", 25)).cost == 0.7
 
 
+def test_tables_are_told_in_short() -> None:
+    method = falloff.ByLayer(values=tuple(round(0.1 + 0.01 * layer, 2) for layer in range(40)))
+    words = Tried(Candidate(method, falloff.Schedule()), 0.5, 30).words()
+    assert words.startswith("by-layer values=(0.1, 0.11,")
+    assert len(words) < 130
+
+
 def test_settings_that_exclude_each_other_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     knobs = {"window": Choices(("band", "disc")), "order": Choices(("raster", "hilbert"))}
     monkeypatch.setattr(falloff.Radial, "knobs", knobs)

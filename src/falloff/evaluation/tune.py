@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 12
 """Candidates judged by recall in one dense run."""
+SHOWN_OF_A_VALUE = 60
+"""Letters of a setting's value that are told."""
 HOPELESS_DB = 3.0
 """A candidate this far below the target on its first pair is given up."""
 
@@ -74,7 +77,7 @@ class Tried:
         """The method, what differs from its defaults, and its schedule."""
         method, schedule = self.candidate.method, self.candidate.schedule
         defaults = type(method)().settings()
-        changed = [f"{name}={value}" for name, value in method.settings().items() if value != defaults[name]]
+        changed = [f"{name}={_short(value)}" for name, value in method.settings().items() if value != defaults[name]]
         return " ".join(
             [method.name, *changed, f"dense_first={schedule.dense_first}", f"dense_layers={schedule.dense_layers}"]
         )
@@ -364,6 +367,11 @@ def _best(tried: list[Tried], goal: Goal) -> Tried:
             "Allow more time, or lower the target"
         )
     return min(reached, key=lambda each: each.cost)
+
+
+def _short(value: Any) -> str:
+    """Tables of layers and heads are for the recipe."""
+    return shorten(str(value), SHOWN_OF_A_VALUE, placeholder=" ...")
 
 
 def _as_float(frames: Any) -> Tensor:
