@@ -122,6 +122,10 @@ class Session:
         if self.timing:
             self._forwards.append(Stopwatch(device))
 
+    def forget(self) -> None:
+        """Drop what the method has kept for later calls of the run."""
+        self._states.clear()
+
     def end(self) -> None:
         """The root forward is over. Raises ``OutputError`` when a layer put out what attention cannot."""
         if self._forwards:

@@ -40,6 +40,7 @@ def compare(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     kernel: options.Kernel = "auto",
+    lora: options.Lora = None,
     output: Annotated[Path, typer.Option(help="Folder for the page, its figures and the videos.")] = Path("compare"),
 ) -> None:
     """Measure what methods gain and what they cost, against dense attention."""
@@ -64,7 +65,7 @@ def compare(
 
     with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
         pipe = pipeline.load(checkpoint)
-        with pipeline.running():
+        with pipeline.running(), pipeline.with_lora(pipe, lora):
             comparison = evaluation.compare(
                 pipe,
                 prompts,

@@ -12,7 +12,8 @@ import copy
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
 from falloff.hosts.listener import Listener, listen, unlisten
 from falloff.hosts.where import Watch
-from falloff.session import DenseBackend, Seat, Session
+from falloff.session import DenseBackend, Position, Seat, Session
 
 NAME = "falloff"
 
@@ -202,6 +203,25 @@ def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session,
 def attached(model: nn.Module) -> Attachment | None:
     """The attachment of a model, if it has one."""
     return getattr(model, "_falloff", None)
+
+
+@contextmanager
+def standing(model: nn.Module, position: Position) -> Iterator[None]:
+    """Forwards by hand stand here, each as a run of its own; for training, where a noise level is a step.
+
+    What a method kept in a forward is gone after it, so that a layer computed again for its gradient is planned as it
+    was the first time. Does nothing to a model without falloff.
+    """
+    attachment = attached(model)
+    if attachment is None:
+        yield
+        return
+    attachment.watch.told = position
+    try:
+        yield
+    finally:
+        attachment.watch.told = None
+        attachment.session.forget()
 
 
 def detach(attachment: Attachment) -> None:
