@@ -135,7 +135,7 @@ def train_lora(
         total = accelerator.reduce(torch.stack(losses).sum() if losses else torch.zeros((), device=device), "sum")
         if accelerator.is_main_process:
             for number, index in enumerate(kept[: lora.samples]):
-                progress("making samples", number, lora.samples)
+                progress("making samples", 0, 0)
                 with _awake(pipe, device):
                     made = generate.generate(pipe, clips[index].caption, seed=course.seed, call_arguments=call)
                 video.write(output / SAMPLES / f"step-{step:06d}-{number}.mp4", made.frames_FHWC, fps)
