@@ -43,9 +43,15 @@ def test_a_list_of_files_and_captions(tmp_path: Path, video: Path) -> None:
 
 def test_webdataset_shards_group_by_what_is_before_the_first_dot(tmp_path: Path, video: Path) -> None:
     content = video.read_bytes()
-    shard(tmp_path / "a.tar", {"x/0001.mp4": content, "x/0001.txt": b"a fox", "x/0002.left.mp4": content, "x/0002.txt": b"a"})
+    shard(
+        tmp_path / "a.tar",
+        {"x/0001.mp4": content, "x/0001.txt": b"a fox", "x/0002.left.mp4": content, "x/0002.txt": b"a"},
+    )
     found = usable(tmp_path, 9)
-    assert [(clip.name, clip.caption) for clip in found] == [("a.tar/x/0001.mp4", "a fox"), ("a.tar/x/0002.left.mp4", "a")]
+    assert [(clip.name, clip.caption) for clip in found] == [
+        ("a.tar/x/0001.mp4", "a fox"),
+        ("a.tar/x/0002.left.mp4", "a"),
+    ]
     assert found[0].content() == content
     assert found[0].stamp() != found[1].stamp()
 
@@ -73,9 +79,17 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path, video: Path) -> None:
 
 
 def test_bad_lines_and_shards_are_faults(tmp_path: Path, video: Path) -> None:
-    lines = ["{", json.dumps({"caption": "a"}), json.dumps({"file": "a.mp4"}), json.dumps({"file": "no.mp4", "caption": "a"})]
+    lines = [
+        "{",
+        json.dumps({"caption": "a"}),
+        json.dumps({"file": "a.mp4"}),
+        json.dumps({"file": "no.mp4", "caption": "a"}),
+    ]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    with pytest.raises(TrainingError, match=r"4 files .*a\.mp4: no caption.*line 1: is no JSON.*line 2: must read.*no\.mp4: cannot be read"):
+    with pytest.raises(
+        TrainingError,
+        match=r"4 files .*a\.mp4: no caption.*line 1: is no JSON.*line 2: must read.*no\.mp4: cannot be read",
+    ):
         usable(tmp_path, 9)
     other = tmp_path / "other"
     other.mkdir()

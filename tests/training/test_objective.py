@@ -79,7 +79,9 @@ def test_arguments_are_those_of_the_pipeline() -> None:
     """Names, shapes and values, as a run of the pipeline hands them to its transformer."""
     pipe = t2v(scheduler_name="euler")
     given = {}
-    handle = pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
+    )
     text = torch.randn(1, 4, 16)
     common = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
     pipe(prompt_embeds=text, guidance_scale=1.0, **common)

@@ -27,7 +27,9 @@ def lora(
     width: options.Width = None,
     inference_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Denoising steps that the LoRA is for: they tell which stay dense.", show_default=False),
+        typer.Option(
+            min=1, help="Denoising steps that the LoRA is for: they tell which stay dense.", show_default=False
+        ),
     ] = None,
     rope: Annotated[str, typer.Option(help="Positions in time: plain, or riflex for longer videos.")] = "plain",
     rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")] = 128,
@@ -51,7 +53,8 @@ def lora(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same training.")] = 0,
     kernel: options.Kernel = "auto",
     cache: Annotated[
-        Path | None, typer.Option(help="Where latents and text are kept; OUTPUT/cache unless given.", show_default=False)
+        Path | None,
+        typer.Option(help="Where latents and text are kept; OUTPUT/cache unless given.", show_default=False),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the LoRA; a training there is gone on with.")] = Path("lora"),
 ) -> None:
@@ -108,7 +111,9 @@ def lora(
                 progress=progress.show,
             )
     typer.echo(f"{'wrote':<18}{output}: the LoRA, its recipe.yaml, log.jsonl and samples")
-    typer.echo(f"{'use it with':<18}--lora {output} --method {output / 'recipe.yaml'} --frames {recipe.evidence['frames']}")
+    typer.echo(
+        f"{'use it with':<18}--lora {output} --method {output / 'recipe.yaml'} --frames {recipe.evidence['frames']}"
+    )
 
 
 def _size(pipe: object, arguments: dict[str, int]) -> dict[str, int]:

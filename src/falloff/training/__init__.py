@@ -2,7 +2,7 @@
 
 from falloff.training.cache import Size
 from falloff.training.errors import TrainingError
-from falloff.training.lora import Lora, train_lora
 from falloff.training.loop import Course
+from falloff.training.lora import Lora, train_lora
 
 __all__ = ["Course", "Lora", "Size", "TrainingError", "train_lora"]

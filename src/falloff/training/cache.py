@@ -108,7 +108,10 @@ def _fingerprint(model: nn.Module) -> list[str]:
     """Of a model's class, sizes and some of its weights."""
     named = list(model.named_parameters())
     shapes = _hash([[name, list(parameter.shape)] for name, parameter in named])
-    ends = [parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes() for _, parameter in named[:: len(named) - 1 or 1]]
+    ends = [
+        parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes()
+        for _, parameter in named[:: len(named) - 1 or 1]
+    ]
     return [type(model).__name__, shapes, *(hashlib.sha256(end).hexdigest() for end in ends)]
 
 

@@ -95,7 +95,9 @@ def train(
     that is not finite.
     """
     if course.batch % accelerator.num_processes:
-        raise TrainingError(f"batch = {course.batch} does not share evenly between {accelerator.num_processes} processes")
+        raise TrainingError(
+            f"batch = {course.batch} does not share evenly between {accelerator.num_processes} processes"
+        )
     run = _Run(parameters, course, folder, accelerator, identity)
     step = run.load()
     if step == 0:
@@ -216,7 +218,9 @@ class _Run:
         now = json.loads(json.dumps(self.identity))
         if changed := [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]:
             told = ", ".join(f"{name} was {before.get(name)} and is now {now.get(name)}" for name in changed)
-            raise TrainingError(f"{self.folder} holds a training of other settings: {told}; go on with those, or give another folder")
+            raise TrainingError(
+                f"{self.folder} holds a training of other settings: {told}; go on with those, or give another folder"
+            )
 
     def _cut_log(self, step: int) -> None:
         file = self.folder / LOG

@@ -123,4 +123,3 @@ def validation_points(samples: list[Sample], seed: int) -> list[Point]:
     """The same noise at the same levels, whenever it is asked."""
     generator = torch.Generator().manual_seed(seed)
     return [point_at(sample, level, generator) for sample in samples for level in FIXED_LEVELS]
-
