@@ -122,6 +122,8 @@ class Plan:
     A ``partial`` plan (one branch of a merge) may have queries that see nothing: they give 0 and LSE -inf.
     With ``summary`` a block that a query does not see still answers it, as one key and value: the means over its m
     tokens, at their logit plus log(m). Those pairs do not count as computed.
+    ``dropped``: of the blocks that are not computed, those that a method's own branch leaves out too; kernels never
+    look at it.
 
     Raises ``PlanError`` when these do not fit together. Checked once here, trusted by kernels.
     """
@@ -135,6 +137,7 @@ class Plan:
     kv_order: Tensor | None = None
     partial: bool = False
     summary: bool = False
+    dropped: BlockMap | None = None
 
     def __post_init__(self) -> None:
         batch, heads, q_blocks, kv_blocks = self.blocks.shape
@@ -147,6 +150,8 @@ class Plan:
                 _check_order(side, length, order, (batch, heads))
         if not self.partial and bool((self._row_pairs()[self._q_sizes_rows() > 0] == 0).any()):
             raise PlanError("a query block sees no key; give every block at least one key block, or set partial=True")
+        if self.dropped is not None:
+            _check_dropped(self.blocks, self.dropped)
 
     def q_sizes_BHT(self) -> Tensor:
         """Query block sizes, int64 [B|1, H|1, Tq]."""
@@ -204,6 +209,8 @@ class Plan:
             raise PlanError("only uniform blocks can be refined")
         if self.summary:
             raise PlanError("smaller blocks have other means; a plan with a summary cannot be refined")
+        if self.dropped is not None:
+            raise PlanError("a plan with dropped blocks is one method's own and cannot be refined")
         if self.q_sizes % size or self.kv_sizes % size:
             raise PlanError(f"blocks of {self.q_sizes} x {self.kv_sizes} cannot be cut into blocks of {size}")
         fine = self.blocks.dense().repeat_interleave(self.q_sizes // size, 2)
@@ -222,6 +229,8 @@ class Plan:
             for name in ("q_sizes", "kv_sizes", "q_order", "kv_order")
             if isinstance(value := getattr(self, name), Tensor)
         }
+        if self.dropped is not None:
+            moved["dropped"] = self.dropped.to(device)
         return dataclasses.replace(self, blocks=blocks, **moved)
 
     def _row_pairs(self) -> Tensor:
@@ -292,6 +301,14 @@ def _check_order(side: str, length: int, order: Tensor, lead: tuple[int, int]) -
         raise PlanError(f"{side}_order must be int64 [{length}] or [B|1, H|1, {length}], got {tuple(order.shape)}")
     if not torch.equal(order.sort(-1).values, torch.arange(length, device=order.device).expand_as(order)):
         raise PlanError(f"{side}_order is not a permutation of 0 to {length - 1}")
+
+
+def _check_dropped(blocks: BlockMap, dropped: BlockMap) -> None:
+    if dropped.shape != blocks.shape:
+        raise PlanError(f"dropped must have the shape of blocks, {blocks.shape}, got {dropped.shape}")
+    kept, left = (m.row_ids * m.shape[3] + m.columns for m in (blocks, dropped))
+    if bool(torch.isin(left, kept, assume_unique=True).any()):
+        raise PlanError("a dropped block is computed as well; give every pair of blocks one of the two at most")
 
 
 def _leads(value: Tensor, last: int, lead: tuple[int, int]) -> bool:

@@ -22,6 +22,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor, nn
 
 from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
+from falloff.hosts.layers import layer_of
 from falloff.hosts.listener import Listener, listen, unlisten
 from falloff.hosts.where import Watch
 from falloff.session import DenseBackend, Position, Seat, Session
@@ -254,6 +255,9 @@ def _attach(attachment: Attachment) -> None:
         _parallelism(model, host, attn.processor)
         seat = Seat(model=attachment.number, layer=layer, layers=len(paths), text_side=host.text_side)
         attachment.marks.append(_mark(path, attn, seat, attachment, shared=users[id(attn.processor)] > 1))
+        if attachment.session.learns(layer):
+            shape, device = layer_of(path, attn)
+            attachment.session.trained.add(attachment.session.method, attachment.number, layer, shape, device)
     attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
     attachment.handles.append(model.register_forward_hook(_root_ends))
     attachment.handles.append(model.register_forward_hook(_root_left, always_call=True))

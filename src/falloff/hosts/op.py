@@ -90,6 +90,8 @@ def _attention_op(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output [B, S, H, D], and a 0-d CPU bool: whether a plan computed it, which the gradient must know."""
+    here = _slots[int(slot)]
+    here.session.refuse_compiled_training(here.seat)
     out, planned = _attend(query, key, value, mask, slot, layout, scale)
     return out.contiguous(), torch.tensor(planned, device="cpu")
 

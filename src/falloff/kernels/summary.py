@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from falloff.kernels.groups import Group, groups_within
+from falloff.kernels.groups import groups_within, of_group
 from falloff.kernels.merge import Branch, merge
 from falloff.kernels.needs import differentiable
 from falloff.kernels.product import product
@@ -52,8 +52,8 @@ def with_summary(
     for group in groups_within(batch, heads, min(chunk, length) * token_bytes, WORKING_BYTES):
         parts = []
         for tokens in (slice(start, start + chunk) for start in range(0, length, chunk)):
-            q_block_Hn = _of(q_block, group)[:, tokens, None]
-            rows = _of(skipped, group).gather(1, q_block_Hn.expand(-1, -1, skipped.shape[3]))
+            q_block_Hn = of_group(q_block, group)[:, tokens, None]
+            rows = of_group(skipped, group).gather(1, q_block_Hn.expand(-1, -1, skipped.shape[3]))
             means = Summary(*(x[group] for x in summary))
             parts.append(_add(q_BHND[group][:, tokens], rows, means, scale, [x[group][:, tokens] for x in kept]))
         results.append([torch.cat(part, 1) for part in zip(*parts, strict=True)])
@@ -115,10 +115,3 @@ def _sums(x_ND: Tensor, lengths_T: Tensor) -> Tensor:
     """Sums over consecutive segments, [T, D]; in an order that is fixed, unlike that of adding by index on GPUs."""
     sums: Tensor = torch.segment_reduce(x_ND, "sum", lengths=lengths_T, unsafe=True)  # a plan's sizes add up
     return sums
-
-
-def _of(x: Tensor, group: Group) -> Tensor:
-    """A group's part of something that a plan may share between batch entries or heads."""
-    entry, heads = group
-    own = x[min(entry, len(x) - 1)]
-    return own if len(own) == 1 else own[heads]

@@ -14,6 +14,7 @@ from falloff.methods.hyper import Hyper
 from falloff.methods.pbs import PBS
 from falloff.methods.radial import Radial
 from falloff.methods.router import Router
+from falloff.methods.sla import SLA
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
 from falloff.methods.svg1 import SVG1
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
         XAttention,
         SpargeAttn,
         VSA,
+        SLA,
         Anchor,
         Hyper,
         PBS,
@@ -61,6 +63,7 @@ def get(name: str, **settings: Any) -> Method:
 __all__ = [
     "METHODS",
     "PBS",
+    "SLA",
     "SVG1",
     "SVG2",
     "VSA",
