@@ -25,6 +25,7 @@ from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
 from falloff.hosts.layers import layer_of
 from falloff.hosts.listener import Listener, listen, unlisten
 from falloff.hosts.where import Watch
+from falloff.methods.base import Method
 from falloff.session import DenseBackend, Position, Seat, Session
 
 NAME = "falloff"
@@ -155,6 +156,8 @@ class Attachment:
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         """Of the forward's arguments, in their order."""
         self.scene = Scene(host.square_mask)
+        self.stays_dense: str | None = None
+        """Why all forwards do, if they do for a while."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """A copied model is attached like the first, to a session of its own."""
@@ -180,7 +183,7 @@ class Attachment:
         _check_config(self.model, self.host)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         grid = self.host.grid(given, self.model.config)
-        reason = grid if isinstance(grid, str) else None
+        reason = grid if isinstance(grid, str) else self.stays_dense
         count, share = parallel.shares(_parallelism(self.model, self.host, self.marks[0].processor))
         self.scene.layout = op.layout_of(None if isinstance(grid, str) else grid, count)
         position = self.watch.look(self.listener.context, given["timestep"])
@@ -223,6 +226,26 @@ def standing(model: nn.Module, position: Position) -> Iterator[None]:
     finally:
         attachment.watch.told = None
         attachment.session.forget()
+
+
+@contextmanager
+def dense(model: nn.Module, reason: str) -> Iterator[None]:
+    """All attention of a model is dense for a while. Does nothing to a model without falloff."""
+    attachment = attached(model)
+    if attachment is not None:
+        attachment.stays_dense = reason
+    try:
+        yield
+    finally:
+        if attachment is not None:
+            attachment.stays_dense = None
+
+
+def replan(model: nn.Module, method: Method) -> None:
+    """Go on with other settings of the method that is attached; what it has learned stays."""
+    attachment = attached(model)
+    assert attachment is not None
+    attachment.session.replan(method)
 
 
 def detach(attachment: Attachment) -> None:

@@ -22,11 +22,12 @@ WEIGHTS, RECIPE = "pytorch_lora_weights.safetensors", "recipe.yaml"
 
 def projections(model: nn.Module) -> list[str]:
     """Paths of the linear layers inside every self-attention module: query, key, value, output, and text's where it
-    is part of the sequence."""
+    is part of the sequence. Where another LoRA is on a layer, it is the layer that counts."""
     found = []
     for path in host_for(model).attention_paths(model):
         inside = model.get_submodule(path).named_modules()
-        found += [f"{path}.{name}" for name, module in inside if isinstance(module, nn.Linear)]
+        linear = [name for name, module in inside if isinstance(module, nn.Linear) and ".lora_" not in name]
+        found += [f"{path}.{name.removesuffix('.base_layer')}" for name in linear]
     return found
 
 
@@ -53,12 +54,20 @@ def adapted(model: Any, rank: int, seed: int) -> Iterator[dict[str, nn.Parameter
             parameter.requires_grad_(True)
         yield trained
     except BaseException:
-        if NAME in getattr(model, "peft_config", {}):
-            model.delete_adapters(NAME)
+        _take_off(model)
         raise
     finally:
         for parameter, before in wanted.items():
             parameter.requires_grad_(before)
+
+
+def _take_off(model: Any) -> None:
+    """Our LoRA; with the last of them the layers are the model's own again."""
+    adapters = getattr(model, "peft_config", {})
+    if set(adapters) == {NAME}:
+        model.unload_lora()
+    elif NAME in adapters:
+        model.delete_adapters(NAME)
 
 
 def save(pipe: Any, folder: Path) -> None:
