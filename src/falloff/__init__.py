@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from falloff.methods import (
         PBS,
         SLA,
+        SLA2,
         SVG1,
         SVG2,
         VSA,
@@ -53,6 +54,7 @@ __all__ = [
     "PBS",
     "PRESETS",
     "SLA",
+    "SLA2",
     "SVG1",
     "SVG2",
     "VSA",
@@ -120,6 +122,7 @@ _HOME = {
         "Radial",
         "Router",
         "SLA",
+        "SLA2",
         "SVG1",
         "SVG2",
         "SlidingTile",

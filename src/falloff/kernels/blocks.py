@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from falloff.kernels.groups import Group, of_group
+from falloff.kernels.groups import Group, groups_within, of_group
 from falloff.plan import Plan, Sizes
 
 
@@ -51,6 +51,25 @@ def q_blocks(plan: Plan) -> Blocks:
 def kv_blocks(plan: Plan) -> Blocks:
     """The blocks of a plan's keys and values."""
     return _blocks(plan.kv_len, plan.kv_sizes, plan.kv_sizes_BHT(), plan.kv_order)
+
+
+def means(blocks: Blocks, x_BHND: Tensor, valid_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of every block the mean over its valid tokens [B, H, T, D], float32 at least, and how many these are [B, H, T].
+
+    Zeros for a block without one. Differentiable.
+    """
+    batch, heads, length, channels = x_BHND.shape
+    wide = torch.promote_types(x_BHND.dtype, torch.float32)
+    results, counts = [], []
+    for group in groups_within(batch, heads, 3 * wide.itemsize * length * channels):
+        x = x_BHND[group].to(wide)
+        valid = torch.ones(length, dtype=torch.bool, device=x.device) if valid_BN is None else valid_BN[group[0]]
+        x = x.masked_fill(~valid[:, None], 0)  # 0 * NaN would leak otherwise
+        count = blocks.split(valid.to(wide).expand(len(x), -1)[..., None], group).sum((2, 3))
+        results.append(blocks.split(x, group).sum(2) / count.clamp(min=1)[..., None])
+        counts.append(count)
+    lead = (batch, heads, blocks.count)
+    return torch.cat(results).view(*lead, channels), torch.cat(counts).view(lead)
 
 
 def _blocks(length: int, sizes: Sizes, sizes_BHT: Tensor, order: Tensor | None) -> Blocks:

@@ -15,6 +15,7 @@ from falloff.methods.pbs import PBS
 from falloff.methods.radial import Radial
 from falloff.methods.router import Router
 from falloff.methods.sla import SLA
+from falloff.methods.sla2 import SLA2
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
 from falloff.methods.svg1 import SVG1
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
         SpargeAttn,
         VSA,
         SLA,
+        SLA2,
         Anchor,
         Hyper,
         PBS,
@@ -64,6 +66,7 @@ __all__ = [
     "METHODS",
     "PBS",
     "SLA",
+    "SLA2",
     "SVG1",
     "SVG2",
     "VSA",
