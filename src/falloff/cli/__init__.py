@@ -22,6 +22,7 @@ from falloff.cli import (
     methods,
     train,
     train_lora,
+    train_sparse,
     tune,
 )
 from falloff.cli.errors import CommandError, one_line
@@ -45,6 +46,7 @@ bench.app.command("attention")(bench_attention.attention)
 bench.app.command("model")(bench_model.model)
 app.add_typer(bench.app, name="bench")
 train.app.command("lora")(train_lora.lora)
+train.app.command("sparse")(train_sparse.sparse)
 app.add_typer(train.app, name="train")
 app.command("doctor")(doctor.doctor)
 app.command("methods")(methods.methods)
