@@ -78,6 +78,17 @@ def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: 
     assert {"branches.safetensors", "pytorch_lora_weights.safetensors", "recipe.yaml"} <= {
         file.name for file in (tmp_path / "sla").iterdir()
     }
+    recipe, lora = tmp_path / "sla" / "recipe.yaml", ("--model", checkpoint, "--lora", tmp_path / "sla")
+    blank = tmp_path / "blank.yaml"
+    blank.write_text(recipe.read_text().replace("branches: branches.safetensors\n", ""))
+    for way in (recipe, blank):
+        video = tmp_path / f"{way.stem}.mp4"
+        done = falloff("generate", "a fox", *lora, "--method", way, "--frames", 5, "--output", video)
+        assert done.code == 0, done.err
+    assert (tmp_path / "recipe.mp4").read_bytes() != (tmp_path / "blank.mp4").read_bytes()
+    arguments = ("--methods", recipe, "--frames", 5, "--output", tmp_path / "page")
+    done = falloff("compare", "--prompt", "a fox", *lora, *arguments)
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(

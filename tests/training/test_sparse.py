@@ -61,6 +61,9 @@ def test_branches_and_lora_come_closer_to_the_dense_model(pipe, clips: Path, tmp
     pipe.load_lora_weights(tmp_path)
     np.testing.assert_allclose(made(pipe, tmp_path / BRANCHES), trained, atol=1e-5)
     assert Recipe.load(tmp_path / RECIPE) == recipe
+    with falloff.using(pipe, Recipe.load(tmp_path / RECIPE)):
+        learned = falloff.branches(pipe)["0"].state_dict()
+    assert all(torch.equal(tensor, load_file(tmp_path / BRANCHES)[f"0.{name}"]) for name, tensor in learned.items())
     assert recipe.method == METHOD
 
 

@@ -75,9 +75,9 @@ def train_sparse(
 ) -> Recipe:
     """Fine-tune a pipeline to a method, or go on with the training in ``output``; arguments as of ``train_lora``.
 
-    Leaves a LoRA or the tuned weights on the pipeline, and what the method learned in ``output``/branches.safetensors
-    for ``falloff.load_branches``; beside it the LoRA as ``pipe.load_lora_weights`` reads it or the whole transformer,
-    the recipe (also returned), a log of JSON lines and sample videos.
+    Leaves a LoRA or the tuned weights on the pipeline, and in ``output`` the recipe of what was trained for (also
+    returned), with which ``enable`` loads what the method learned; the LoRA as ``pipe.load_lora_weights`` reads it, or
+    the whole transformer; a log of JSON lines and sample videos.
 
     Raises ``TrainingError`` before any training when pipeline, videos, output or settings do not fit.
     """
@@ -179,7 +179,8 @@ def _dense(model: Any) -> Iterator[None]:
 
 def _written(studio: Studio, sparse: Sparse, course: Course) -> Recipe:
     """What was trained, and its recipe, in the output folder."""
-    recipe = studio.recipe(sparse.backbone, course, aim=sparse.aim, ramp=sparse.ramp)
+    learned = str(studio.output / BRANCHES) if studio.manner.method.learns else None
+    recipe = studio.recipe(sparse.backbone, course, learned, aim=sparse.aim, ramp=sparse.ramp)
     if studio.accelerator.is_main_process:
         if studio.manner.method.learns:
             api.save_branches(studio.pipe, studio.output / BRANCHES)

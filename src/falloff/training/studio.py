@@ -142,7 +142,7 @@ class Studio:
                 left.enter_context(_checkpointing(self.pipe.transformer))
             yield
 
-    def recipe(self, trained: str, course: loop.Course, **more: Any) -> Recipe:
+    def recipe(self, trained: str, course: loop.Course, branches: str | None = None, **more: Any) -> Recipe:
         """The inference that was trained for."""
         ((model, layers),) = api.identities(self.pipe)
         return Recipe(
@@ -152,6 +152,7 @@ class Studio:
             schedule=self.manner.schedule,
             kernel=self.manner.kernel,
             evidence={"trained": trained, **asdict(self.lesson.size), "steps": course.steps, **more},
+            branches=branches,
         )
 
 
