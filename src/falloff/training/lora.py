@@ -80,7 +80,7 @@ def train_lora(
     model = pipe.transformer
 
     def loss_at(point: Point) -> Tensor:
-        return flow_loss(pipe, studio.family, model, studio.flow, point)
+        return flow_loss(studio.velocity(model, point), point)
 
     def loss(number: int, generator: torch.Generator) -> Tensor:
         return loss_at(studio.point(number, generator))
@@ -89,7 +89,7 @@ def train_lora(
         studio.make_samples(step)
         return studio.validation(loss_at)
 
-    frames = _grid_frames(pipe, lora.trained_frames), _grid_frames(pipe, lora.size.frames)
+    frames = studio.grid_frames(lora.trained_frames), studio.grid_frames(lora.size.frames)
     with ExitStack() as left:
         left.enter_context(studio.at_work())
         if lora.rope == "riflex":
@@ -117,10 +117,3 @@ def _written(studio: Studio, lora: Lora, course: Course, frames: tuple[int, int]
         recipe.save(studio.output / adapter.RECIPE)
     studio.accelerator.end_training()
     return recipe
-
-
-def _grid_frames(pipe: Any, frames: int) -> int:
-    """Frames of the transformer's grid for a number of video frames."""
-    patch = getattr(pipe.transformer.config, "patch_size", 1)
-    latent = (frames - 1) // pipe.vae_scale_factor_temporal + 1
-    return int(latent // (patch[0] if isinstance(patch, list | tuple) else 1))

@@ -10,6 +10,8 @@ the step whose own level is nearest.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +46,8 @@ class Flow:
         return Position(step=step, steps=len(self.levels), branch="cond")
 
 
-def flow_of(pipe: Any, steps: int) -> Flow:
-    """The levels of ``steps`` steps of a pipeline's scheduler.
+def flow_of(pipe: Any, family: Family, steps: int, call: Mapping[str, Any]) -> Flow:
+    """The levels of ``steps`` steps of a pipeline's scheduler, for a call of this size.
 
     Raises ``TrainingError`` for a scheduler that does not follow straight flows, as one that predicts noise.
     """
@@ -57,14 +59,18 @@ def flow_of(pipe: Any, steps: int) -> Flow:
             f"{type(scheduler).__name__} with prediction_type={config.get('prediction_type')!r} is no flow-matching "
             "scheduler, and only models of flow matching can be trained here"
         )
-    if config.get("use_dynamic_shifting"):
+    table = family.timetable(pipe, steps, call)
+    if config.get("use_dynamic_shifting") and "mu" not in table:
         raise TrainingError(
             f"{type(scheduler).__name__} shifts its noise levels with the size of the video (use_dynamic_shifting), "
-            "which cannot be trained here; give it a fixed shift"
+            f"which {type(pipe).__name__} does not tell it; give it a fixed shift"
         )
-    scheduler.set_timesteps(steps)
-    sigmas = scheduler.sigmas[:steps].tolist()
-    return Flow(shift=float(config.get("flow_shift") or config.get("shift") or 1.0), levels=tuple(sigmas))
+    dynamic = table["mu"] if config.get("use_dynamic_shifting") else None
+    scheduler.set_timesteps(**table)
+    sigmas = scheduler.sigmas[:steps]
+    levels = 1 - sigmas if config.get("invert_sigmas") else sigmas
+    shift = config.get("flow_shift") or config.get("shift") or 1.0
+    return Flow(shift=float(shift if dynamic is None else math.exp(dynamic)), levels=tuple(levels.tolist()))
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def point_at(sample: Sample, level: float, generator: torch.Generator) -> Point:
     return Point(sample, noise, level)
 
 
-def velocity(pipe: Any, family: Family, model: Any, flow: Flow, point: Point) -> Tensor:
+def velocity(pipe: Any, family: Family, model: Any, flow: Flow, point: Point, call: Mapping[str, Any]) -> Tensor:
     """What the transformer takes for noise - x_0, in float32, with its sparse attention as at this noise level.
 
     Everything goes in as the model's own type, as pipelines hand it over.
@@ -108,15 +114,15 @@ def velocity(pipe: Any, family: Family, model: Any, flow: Flow, point: Point) ->
     dtype = model.dtype
     level = torch.tensor([point.level], device=point.noise.device)
     text = {name: x.to(dtype) if x.is_floating_point() else x for name, x in point.sample.text.items()}
-    given = {**family.inputs(pipe, point.noised.to(dtype), level, point.sample.size), **text}
+    given = {**family.inputs(pipe, point.noised.to(dtype), level, point.sample.size, call), **text}
     with seam.standing(model, flow.position(point.level)):
         out: Tensor = model(**given, return_dict=False)[0]
     return family.velocity * out.float()
 
 
-def flow_loss(pipe: Any, family: Family, model: Any, flow: Flow, point: Point) -> Tensor:
-    """Mean squared error of the velocity, 0-d."""
-    return mse_loss(velocity(pipe, family, model, flow, point), point.target.float())
+def flow_loss(velocity: Tensor, point: Point) -> Tensor:
+    """Mean squared error of a velocity, 0-d."""
+    return mse_loss(velocity, point.target.float())
 
 
 def validation_points(samples: list[Sample], seed: int) -> list[Point]:

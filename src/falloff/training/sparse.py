@@ -26,7 +26,7 @@ from falloff.schedule import Schedule
 from falloff.training import adapter, loop
 from falloff.training.errors import TrainingError
 from falloff.training.loop import Course
-from falloff.training.objective import Point, flow_loss, velocity
+from falloff.training.objective import Point, flow_loss
 from falloff.training.studio import Lesson, Manner, Progress, Studio, open_studio
 
 BRANCHES, TRANSFORMER = "branches.safetensors", "transformer"
@@ -92,10 +92,10 @@ def train_sparse(
 
     def loss_at(point: Point) -> Tensor:
         if sparse.aim == "flow":
-            return flow_loss(pipe, studio.family, model, studio.flow, point)
+            return flow_loss(studio.velocity(model, point), point)
         with torch.no_grad(), _dense(teacher):
-            wanted = velocity(pipe, studio.family, teacher, studio.flow, point)
-        return mse_loss(velocity(pipe, studio.family, model, studio.flow, point), wanted)
+            wanted = studio.velocity(teacher, point)
+        return mse_loss(studio.velocity(model, point), wanted)
 
     def loss(number: int, generator: torch.Generator) -> Tensor:
         seam.replan(model, eased(method, number // course.batch, sparse.ramp))

@@ -24,7 +24,7 @@ from falloff.training.cache import Cache, Size, prepare
 from falloff.training.data import Clip, usable
 from falloff.training.errors import TrainingError
 from falloff.training.families import Family, family_of
-from falloff.training.objective import Flow, Point, flow_of, point_at, validation_points
+from falloff.training.objective import Flow, Point, flow_of, point_at, validation_points, velocity
 
 SAMPLES = "samples"
 Progress = Callable[[str, int, int], None]
@@ -99,6 +99,10 @@ class Studio:
         sample = self.cache.sample(index, self.accelerator.device, captioned=captioned)
         return point_at(sample, self.flow.draw(generator), generator)
 
+    def velocity(self, model: Any, point: Point) -> Tensor:
+        """What the pipeline's transformer, or a copy of it, takes for noise - x_0."""
+        return velocity(self.pipe, self.family, model, self.flow, point, self.call)
+
     def validation(self, loss: Callable[[Point], Tensor]) -> dict[str, float]:
         """The mean loss of the clips kept out, shared between the processes; nothing where there are none."""
         device, one = self.accelerator.device, self.accelerator.num_processes
@@ -118,6 +122,12 @@ class Studio:
             with _moved(self.pipe, self.accelerator.device, back=torch.device("cpu")):
                 made = generate.generate(self.pipe, self.clips[index].caption, seed=self.seed, call_arguments=self.call)
             video.write(self.output / SAMPLES / f"step-{step:06d}-{number}.mp4", made.frames_FHWC, self.fps)
+
+    def grid_frames(self, frames: int) -> int:
+        """Frames of the transformer's grid for a number of video frames."""
+        patch = self.pipe.transformer.config.get("patch_size", 1)
+        latent = (frames - 1) // self.family.temporal(self.pipe) + 1
+        return int(latent // (patch[0] if isinstance(patch, list | tuple) else 1))
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same when a training goes on."""
@@ -176,7 +186,7 @@ def open_studio(
     family = family_of(pipe)
     size = {"num_frames": lesson.size.frames, "height": lesson.size.height, "width": lesson.size.width}
     call = {**call, **size}
-    flow = flow_of(pipe, generate.steps(pipe, call))
+    flow = flow_of(pipe, family, generate.steps(pipe, call), call)
     clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
     lessons, exams = _split(len(clips), lesson.validation, seed)
     (output / SAMPLES).mkdir(parents=True, exist_ok=True)
