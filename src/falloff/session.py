@@ -141,6 +141,18 @@ class Session:
         if self.timing:
             self._forwards.append(Stopwatch(device))
 
+    def replan(self, method: Method) -> None:
+        """Plan by other settings of the same method from now on."""
+        if type(method) is not type(self.method):
+            raise TypeError(f"the session is of {self.method.name}, not of {method.name}")
+        if method != self.method:
+            self.method = method
+            self._plans.clear()
+
+    def forget(self) -> None:
+        """Drop what the method has kept for later calls of the run."""
+        self._states.clear()
+
     def end(self) -> None:
         """The root forward is over. Raises ``OutputError`` when a layer put out what attention cannot."""
         if self._forwards:
