@@ -2,8 +2,9 @@
 
     python benchmarks/seam.py --threads 2 --output benchmarks/results/seam-cpu.json
 
-On the grid of its default video the share of a step is what a user pays; on a grid of one token hardly anything is
-left of a step but Python, so that the difference a call is the seam's own (root hooks included, spread over layers).
+Every arm is a run of several steps, so that what happens once a run (the first look at every layer's output) has its
+share. On the grid of the default video the share of a step is what a user pays; on a grid of one token hardly anything
+is left of a step but Python, so that the difference a call is the seam's own (root hooks included, spread over layers).
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ ATTACHED: dict[str, tuple[falloff.Method, falloff.Schedule]] = {
     "every block on": (EveryBlock(), falloff.Schedule(dense_first=0, dense_last=0, dense_layers=())),
     "kept dense": (falloff.Radial(), falloff.Schedule(dense_first=1.0)),
 }
-GRIDS = {(17, 16, 16): 15, (1, 1, 1): 400}
-"""Rounds by grid: a step of one token takes little time, and differs by little."""
+GRIDS = {(17, 16, 16): (5, 7), (1, 1, 1): (50, 60)}
+"""Steps a run and rounds, by grid: a step of one token takes little time, and differs by little."""
 
 
-def forward(model: WanTransformer3DModel, given: dict[str, Tensor]) -> Tensor:
+def run(model: WanTransformer3DModel, given: dict[str, Tensor], steps: int) -> Tensor:
     with torch.inference_mode():
-        out: Tensor = model(**given, return_dict=False)[0]
+        for time in torch.linspace(1000, 1, steps).split(1):
+            out: Tensor = model(**given, timestep=time, return_dict=False)[0]
     return out
 
 
@@ -48,36 +50,35 @@ def arguments(model: WanTransformer3DModel, grid: tuple[int, int, int]) -> dict[
     generator = torch.Generator().manual_seed(0)
     return {
         "hidden_states": torch.randn(1, model.config.in_channels, *sides, generator=generator),
-        "timestep": torch.tensor([500]),
         "encoder_hidden_states": torch.randn(1, 16, model.config.text_dim, generator=generator),
     }
 
 
-def measure(grid: tuple[int, int, int], rounds: int) -> dict[str, Any]:
+def measure(grid: tuple[int, int, int], steps: int, rounds: int) -> dict[str, Any]:
     native = WanTransformer3DModel.from_pretrained(miniature.path(), subfolder="transformer").eval()
     models = {NATIVE: native}
     for name, (method, schedule) in ATTACHED.items():
         models[name] = falloff.enable(copy.deepcopy(native), method, schedule=schedule)
     given = arguments(native, grid)
     arms, refused = tried(
-        {name: Arm(partial(forward, model, given)) for name, model in models.items()}, torch.device("cpu")
+        {name: Arm(partial(run, model, given, steps)) for name, model in models.items()}, torch.device("cpu")
     )
     if refused:
         raise SystemExit(f"cannot measure {refused}")
     times = interleaved(arms, rounds=rounds, device=torch.device("cpu"), threads=torch.get_num_threads())
     layers, base = len(native.blocks), times[NATIVE]
-    row: dict[str, Any] = {"grid": "x".join(map(str, grid)), "layers": layers, "rounds": rounds}
-    row["native_ms"] = 1e3 * base.median
+    row: dict[str, Any] = {"grid": "x".join(map(str, grid)), "layers": layers, "steps": steps, "rounds": rounds}
+    row["native_ms"] = 1e3 * base.median / steps
     row["attached"] = {
-        name: cost([a - b for a, b in zip(times[name].total, base.total, strict=True)], base.median, layers)
+        name: cost([a - b for a, b in zip(times[name].total, base.total, strict=True)], base.median, layers * steps)
         for name in ATTACHED
     }
     return row
 
 
-def cost(more: list[float], native: float, layers: int) -> dict[str, float]:
+def cost(more: list[float], native: float, calls: int) -> dict[str, float]:
     """Of seconds that one arm took more than the native one, round by round: the median's share of a step and call."""
-    return {"share_of_step": median(more) / native, "us_a_call": 1e6 * median(more) / layers}
+    return {"share_of_step": median(more) / native, "us_a_call": 1e6 * median(more) / calls}
 
 
 def main() -> None:
@@ -87,8 +88,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows = []
-    for grid, rounds in GRIDS.items():
-        rows.append(measure(grid, rounds))
+    for grid, (steps, rounds) in GRIDS.items():
+        rows.append(measure(grid, steps, rounds))
         print(json.dumps(rows[-1]), flush=True)
     record.write(given.output, shlex.join(["python", *sys.argv]), torch.device("cpu"), rows)
 

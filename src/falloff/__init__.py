@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         VSA,
         AdaSpa,
         Anchor,
+        ByLayer,
         Contour,
         Full,
         Hyper,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Router,
         SlidingTile,
         SpargeAttn,
+        TileWindows,
         XAttention,
     )
     from falloff.methods.presets import PRESETS, preset
@@ -47,6 +49,7 @@ __all__ = [
     "AdaSpa",
     "Anchor",
     "BlockMap",
+    "ByLayer",
     "Contour",
     "Full",
     "Goal",
@@ -63,6 +66,7 @@ __all__ = [
     "Sequence",
     "SlidingTile",
     "SpargeAttn",
+    "TileWindows",
     "XAttention",
     "attention",
     "compare",
@@ -87,6 +91,7 @@ _HOME = {
     "falloff.methods": (
         "AdaSpa",
         "Anchor",
+        "ByLayer",
         "Contour",
         "Full",
         "Hyper",
@@ -98,6 +103,7 @@ _HOME = {
         "SVG2",
         "SlidingTile",
         "SpargeAttn",
+        "TileWindows",
         "VSA",
         "XAttention",
     ),

@@ -21,11 +21,8 @@ from torch import Tensor, nn
 
 import falloff
 
-KINDS = ("HunyuanVideo", "Mochi", "CogVideoX", "FLUX.1", "Wan")
-"""Text after, per-sample text, text before, an image, no text; two with processors of ours in their place."""
 
-
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
@@ -41,7 +38,7 @@ def arguments(family: Family, seed: int = 0) -> dict[str, Any]:
 def sparse_layers(model: nn.Module) -> list[int]:
     calls = falloff.report(model).calls
     assert all(call.reason is None for call in calls)
-    return [call.layer for call in calls]
+    return sorted(call.layer for call in calls)
 
 
 def agrees(family: Family, change: Callable[[nn.Module], Any], tolerance: float = 0.0) -> nn.Module:
@@ -68,9 +65,20 @@ def agrees(family: Family, change: Callable[[nn.Module], Any], tolerance: float 
     return model
 
 
+def adapter(model: Any) -> LoraConfig:
+    """Of the query and value projections, by the names of the family."""
+    if not hasattr(model, "add_adapter"):
+        pytest.skip("diffusers has no adapters for it")
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return LoraConfig(
+        r=2, target_modules=sorted(names & {"to_q", "to_v", "to_query", "to_value"}), init_lora_weights=False
+    )
+
+
 def test_lora(family: Family) -> None:
     def adapt(model: Any) -> None:
-        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        config = adapter(model)
+        model.add_adapter(config)
 
     agrees(family, adapt)
 
@@ -79,9 +87,10 @@ def test_lora(family: Family) -> None:
 def test_lora_swapped_and_fused_while_enabled(family: Family) -> None:
     model = falloff.enable(family.build(), method(family))
     plain = run(model, arguments(family))
+    config = adapter(model)
     torch.manual_seed(7)
     for name in ("one", "two"):
-        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name=name)
+        model.add_adapter(config, adapter_name=name)
     outs = []
     for name in ("one", "two", "one"):
         model.set_adapter(name)
@@ -209,14 +218,17 @@ def by_step(model: nn.Module, family: Family) -> list[list[int]]:
     calls = falloff.report(model).calls
     assert all(call.reason is None for call in calls)
     count = max(call.step for call in calls) + 1
-    return [[call.layer for call in calls if call.step == step] for step in range(count)]
+    return [sorted(call.layer for call in calls if call.step == step) for step in range(count)]
 
 
 def cached(family: Family, config: Any, count: int) -> tuple[nn.Module, list[list[int]]]:
     """A model with a step cache, and the layers that attended at every step; dense again, it is as without us."""
     model, plain = family.build(), family.build()
-    plain.enable_cache(config)
-    expected = steps(plain, family, count)
+    try:
+        plain.enable_cache(config)
+        expected = steps(plain, family, count)
+    except (ValueError, TypeError, AttributeError) as error:
+        pytest.skip(f"diffusers cannot do it with this model: {error}")
     falloff.enable(model, method(family))
     model.enable_cache(config)
     outs = steps(model, family, count)
@@ -229,47 +241,47 @@ def cached(family: Family, config: Any, count: int) -> tuple[nn.Module, list[lis
     return model, seen
 
 
-@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX", "FLUX.1", "Wan"])
-def test_first_block_cache(name: str) -> None:
-    family = FAMILIES[name]
+def fewer_later(name: str, config: Any) -> None:
+    """A cache of four steps: every layer attends in the first, and some of them not in all that follow."""
+    layers = FAMILIES[name].layers
+    _, seen = cached(FAMILIES[name], config, 4)
+    assert seen[0] == list(range(layers))
+    assert sum(map(len, seen)) < 4 * layers
+
+
+def test_first_block_cache(family: Family) -> None:
     _, seen = cached(family, FirstBlockCacheConfig(threshold=1e9), 3)
-    assert seen == [[0, 1], [0], [0]]
+    assert seen[0] == list(range(family.layers))
+    assert 0 in seen[1]
+    assert seen[1] == seen[2] != seen[0]
 
 
-@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX", "FLUX.1", "Wan", "Mochi"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_pyramid_attention_broadcast(name: str) -> None:
-    family = FAMILIES[name]
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(-1, 1001),
         spatial_attention_block_identifiers=("blocks", "transformer_blocks", "single_transformer_blocks"),
         current_timestep_callback=lambda: 500,
     )
-    _, seen = cached(family, config, 4)
-    assert seen[0] == [0, 1]
-    assert sum(map(len, seen)) < 8
+    fewer_later(name, config)
 
 
-@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX", "FLUX.1", "Wan"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_taylorseer(name: str) -> None:
-    layers = [r"(single_)?(transformer_)?blocks\.\d+\.attn1?"]  # its own patterns miss those called attn1
+    layers = [r"(\w+_)?blocks\.\d+\.(attn1?|self_attention)"]  # its own patterns miss most of these
     config = TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, cache_identifiers=layers)
-    _, seen = cached(FAMILIES[name], config, 4)
-    assert seen[0] == [0, 1]
-    assert sum(map(len, seen)) < 8
+    fewer_later(name, config)
 
 
-@pytest.mark.parametrize("name", ["HunyuanVideo", "CogVideoX", "FLUX.1", "Wan"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_magcache(name: str) -> None:
     config = MagCacheConfig(num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4, threshold=1.0)
-    _, seen = cached(FAMILIES[name], config, 4)
-    assert seen[0] == [0, 1]
-    assert sum(map(len, seen)) < 8
+    fewer_later(name, config)
 
 
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # diffusers' own
 def test_fastercache() -> None:
-    family = FAMILIES["CogVideoX"]
     config = FasterCacheConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(-1, 1001),
@@ -280,9 +292,7 @@ def test_fastercache() -> None:
         tensor_format="BFCHW",
         current_timestep_callback=lambda: 500,
     )
-    _, seen = cached(family, config, 4)
-    assert seen[0] == [0, 1]
-    assert sum(map(len, seen)) < 8
+    fewer_later("CogVideoX", config)
 
 
 def test_deep_copy(family: Family) -> None:

@@ -59,8 +59,9 @@ def test_kept_result_has_every_family_and_what_failed_is_told(script: dict[str, 
     assert {name: family.model for name, family in FAMILIES.items()} == {
         name: family["model"] for name, family in families.items()
     }
-    assert all(families["Wan"]["columns"][column] for column in script["COLUMNS"])
-    failed = {**result, "families": {"Wan": {"model": "x", "columns": {"LoRA": False}}}}
+    assert set(families["Wan"]["columns"].values()) == {"yes"}
+    assert families["Wan"]["columns"].keys() == script["COLUMNS"].keys()
+    failed = {**result, "families": {"Wan": {"model": "x", "columns": {"LoRA": "no"}}}}
     assert "| Wan | - | - | - | - | no |" in script["tested"](failed)
 
 
@@ -77,8 +78,8 @@ def test_outcomes_of_tests_become_columns(script: dict[str, Any]) -> None:
         hook = type("Hook", (), {"pytest_deselected": lambda items: None})
 
     class Report:
-        def __init__(self, item: Item, passed: bool, when: str = "call") -> None:
-            self.nodeid, self.when, self.passed, self.failed = item.nodeid, when, passed, not passed
+        def __init__(self, item: Item, outcome: str, when: str = "call") -> None:
+            self.nodeid, self.when, self.outcome, self.failed = item.nodeid, when, outcome, outcome == "failed"
 
     good, bad = Item("test_lora", "a.py", family="Wan"), Item("test_taylorseer", "a.py", name="Wan")
     also, fine = (
@@ -86,17 +87,22 @@ def test_outcomes_of_tests_become_columns(script: dict[str, Any]) -> None:
         Item("test_sparse_calls_know_step_branch_and_layer", "test_wan.py"),
     )
     broken = Item("test_lora", "a.py", family="Mochi")
-    items = [good, Item("test_other", "a.py"), bad, also, fine, broken]
+    part, rest = Item("test_magcache", "a.py", name="Mochi"), Item("test_taylorseer", "a.py", name="Mochi")
+    never = Item("test_group_offload", "a.py", family="Mochi")
+    items = [good, Item("test_other", "a.py"), bad, also, fine, broken, part, rest, never]
     tried.pytest_collection_modifyitems(Config, items)
-    assert items == [good, bad, also, fine, broken]
+    assert items == [good, bad, also, fine, broken, part, rest, never]
     for item in items:
-        tried.pytest_runtest_logreport(Report(item, True, when="setup"))
-    for item, passed in ((good, True), (bad, False), (also, True), (fine, True)):
-        tried.pytest_runtest_logreport(Report(item, passed))
-    tried.pytest_runtest_logreport(Report(broken, False, when="setup"))
+        tried.pytest_runtest_logreport(Report(item, "passed", when="setup"))
+    for item in (good, also, fine, part):
+        tried.pytest_runtest_logreport(Report(item, "passed"))
+    tried.pytest_runtest_logreport(Report(bad, "failed"))
+    for item in (rest, never):
+        tried.pytest_runtest_logreport(Report(item, "skipped"))
+    tried.pytest_runtest_logreport(Report(broken, "failed", when="setup"))
     found = tried.result()["families"]
-    assert found["Wan"]["columns"] == {"LoRA": True, "step caches": False, "pipeline": True}
-    assert found["Mochi"]["columns"] == {"LoRA": False}
+    assert found["Wan"]["columns"] == {"LoRA": "yes", "step caches": "no", "pipeline": "yes"}
+    assert found["Mochi"]["columns"] == {"LoRA": "no", "step caches": "in part", "offload": "-"}
 
 
 def test_check_tells_when_the_page_is_old(script: dict[str, Any], tmp_path: Path) -> None:

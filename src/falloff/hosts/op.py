@@ -19,8 +19,9 @@ from falloff.geometry import Grid
 from falloff.hosts.shards import Shards, shards_of
 from falloff.session import DenseBackend, Seat, Session
 
-_TAGS = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
-"""A replayed CUDA graph would repeat the decisions of the captured step."""
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE is not None else {}
+"""A replayed CUDA graph would repeat the decisions of the captured step. Older PyTorch has no word for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,7 @@ def _read(layout: Tensor, seat: Seat, query: Tensor) -> tuple[Grid | None, Shard
     return grid, shards_of(count, query.shape[1], grid.tokens, seat.text_side)
 
 
-@torch.library.custom_op("falloff::attention", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("falloff::attention", mutates_args=(), **_TAGS)
 def _attention_op(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ def _(
     return out, torch.empty((), dtype=torch.bool, device="cpu")
 
 
-@torch.library.custom_op("falloff::attention_backward", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("falloff::attention_backward", mutates_args=(), **_TAGS)
 def _attention_backward_op(
     grad: Tensor,
     query: Tensor,

@@ -8,6 +8,7 @@ from typing import Any
 from falloff.methods.adaspa import AdaSpa
 from falloff.methods.anchor import Anchor
 from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.by_layer import ByLayer
 from falloff.methods.contour import Contour
 from falloff.methods.full import Full
 from falloff.methods.hyper import Hyper
@@ -16,6 +17,7 @@ from falloff.methods.radial import Radial
 from falloff.methods.router import Router
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
+from falloff.methods.sta_windows import TileWindows
 from falloff.methods.svg1 import SVG1
 from falloff.methods.svg2 import SVG2
 from falloff.methods.vsa import VSA
@@ -32,6 +34,8 @@ METHODS: dict[str, type[Method]] = {
         AdaSpa,
         Router,
         SlidingTile,
+        TileWindows,
+        ByLayer,
         XAttention,
         SpargeAttn,
         VSA,
@@ -66,6 +70,7 @@ __all__ = [
     "VSA",
     "AdaSpa",
     "Anchor",
+    "ByLayer",
     "Call",
     "Contour",
     "Dense",
@@ -77,6 +82,7 @@ __all__ = [
     "SlidingTile",
     "SpargeAttn",
     "State",
+    "TileWindows",
     "XAttention",
     "get",
 ]

@@ -24,7 +24,7 @@ def build() -> LPDTransformer:
     """The untrained transformer (about 1.3 M parameters)."""
     side = SIDE // TOKEN
     model: LPDTransformer = LPDTransformer(
-        width=128, layers=6, heads=4, grid_height=side, grid_width=side, vocabulary=CODES, classes=10, dropout=0.05
+        width=128, layers=6, heads=4, grid_height=side, grid_width=side, vocabulary=CODES, classes=10, dropout=0.0
     )
     return model
 
