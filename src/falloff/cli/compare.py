@@ -41,6 +41,7 @@ def compare(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     kernel: options.Kernel = "auto",
+    lora: options.Lora = None,
     class_: Annotated[
         list[int],
         typer.Option(
@@ -56,7 +57,8 @@ def compare(
 ) -> None:
     """Measure what methods gain and cost against dense attention; or parallel decoding against sequential."""
     if class_ or (model is not None and checkpoints.decodes(model)):
-        video_only = {"--prompt": prompt, "--set": set_, "--frames": frames, "--height": height, "--width": width}
+        sizes = {"--frames": frames, "--height": height, "--width": width}
+        video_only = {"--prompt": prompt, "--set": set_, "--lora": lora, **sizes}
         changed = {"--methods": methods != METHODS, "--kernel": kernel != "auto"}
         if given := [name for name, value in {**video_only, **changed}.items() if value]:
             raise CommandError(f"{', '.join(given)} cannot be given where images are decoded", USAGE)
@@ -83,7 +85,7 @@ def compare(
 
     with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
         pipe = pipeline.load(checkpoint)
-        with pipeline.running():
+        with pipeline.running(), pipeline.with_lora(pipe, lora):
             comparison = evaluation.compare(
                 pipe,
                 prompts,

@@ -67,8 +67,12 @@ def generate(
 
 def steps(pipe: Any, call_arguments: Mapping[str, Any]) -> int:
     """How many denoising steps a call makes: as asked, or the pipeline's default."""
-    default = _parameters(pipe)["num_inference_steps"].default
-    return int(call_arguments.get("num_inference_steps", default))
+    return int(call_arguments.get("num_inference_steps", default(pipe, "num_inference_steps")))
+
+
+def default(pipe: Any, name: str) -> Any:
+    """What a pipeline's call takes for an argument that is not given."""
+    return _parameters(pipe)[name].default
 
 
 def check_arguments(pipe: Any, call_arguments: Mapping[str, Any], ours: Iterable[str] = ()) -> None:
