@@ -114,11 +114,9 @@ def _check_label(path: Path, metadata: Mapping[str, str], label: Label) -> None:
         raise BranchError(
             f"{path} is of the method {metadata['method']!r}, enabled is {label.method!r}; enable that of the file"
         )
-    settings = json.loads(metadata["branch_settings"])
-    if settings != dict(label.settings):
-        raise BranchError(
-            f"{path} was trained with {settings}, enabled is {dict(label.settings)}; enable the method with the file's"
-        )
+    settings, enabled = json.loads(metadata["branch_settings"]), json.loads(json.dumps(dict(label.settings)))
+    if settings != enabled:
+        raise BranchError(f"{path} was trained with {settings}, enabled is {enabled}; enable the file's settings")
 
 
 def _foreign(path: Path, tensors: Mapping[str, Tensor], label: Label) -> dict[str, Tensor]:

@@ -282,15 +282,11 @@ class Session:
         scale: float | None,
         hidden: Tensor | None,
     ) -> Tensor:
-        """The output with what the layer has learned, [B, S, H, D], from q, k, v and the output without.
-
-        Not under autocast: its sums are too long for half precision.
-        """
+        """The output with what the layer has learned, [B, S, H, D], from q, k, v and the output without."""
         branch = self.trained.of(seat.model, seat.layer)
         if branch is None:
             return tensors_BSHD[3]
         q, k, v, out = (x.transpose(1, 2) for x in tensors_BSHD)
-        video = slice(sequence.video_start, sequence.video_start + sequence.grid.tokens)
         work = Work(
             plan=plan,
             q_BHND=q,
@@ -300,10 +296,10 @@ class Session:
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             key_valid_BN=valid_keys(mask, len(q)),
             hidden_BSC=hidden,
-            hidden_tokens=None if hidden is None or hidden.shape[1] == q.shape[2] else video,
+            hidden_tokens=_covered(hidden, sequence),
             first_head=self._share * q.shape[1],
         )
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False):  # its sums are too long for half precision
             extended: Tensor = branch(work)
         return extended.transpose(1, 2)
 
@@ -426,6 +422,13 @@ class Session:
 
 def _sequence(seat: Seat, grid: Grid, tokens: int) -> Sequence:
     return Sequence(grid, tokens - grid.tokens, seat.text_side or "after")
+
+
+def _covered(hidden: Tensor | None, sequence: Sequence) -> slice | None:
+    """The tokens of a sequence that hidden states [B, S, C] are of: all, or those of the grid."""
+    if hidden is None or hidden.shape[1] == sequence.tokens:
+        return None
+    return slice(sequence.video_start, sequence.video_start + sequence.grid.tokens)
 
 
 def _fail(method: Method, call: Call, error: Exception) -> NoReturn:

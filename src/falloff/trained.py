@@ -28,11 +28,12 @@ class Trained:
         twin.modules = copy.deepcopy(self.modules, memo)
         return twin
 
-    def add(self, method: Method, model: int, layer: int, shape: Layer, device: torch.device) -> None:
+    def add(self, method: Method, model: int, layer: int, shape: Layer, device: torch.device) -> Branch:
         """New parameters for a layer."""
-        layers = self.layers(model)
-        layers[str(layer)] = method.branch(shape).to(device)
+        layers, branch = self.layers(model), method.branch(shape).to(device)
+        layers[str(layer)] = branch
         self.modules[str(model)] = layers
+        return branch
 
     def layers(self, model: int) -> nn.ModuleDict:
         """The parameters of a model's layers, by their numbers."""
@@ -48,6 +49,10 @@ class Trained:
         branch = layers[str(layer)]
         assert isinstance(branch, Branch)
         return branch
+
+    def read_hidden(self, model: int) -> bool:
+        """Whether a model's parameters act on hidden states."""
+        return any(isinstance(branch, Branch) and branch.reads_hidden for branch in self.layers(model).values())
 
     def begin(self, device: torch.device) -> None:
         """A forward starts on a device. Moved in place, so that optimizers keep their hold."""

@@ -14,13 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import falloff
-from falloff import SLA, SLA2, Method, Schedule
+from falloff import SLA, SLA2, VSA, Method, Schedule
 from falloff.api import BranchError, NotEnabledError
 from falloff.hosts import UnsupportedModelError
 from falloff.hosts.layers import layer_of
 from falloff.session import MethodError
 
-METHODS: list[Method] = [SLA(q_block=16, kv_block=8, density=0.2), SLA2(q_block=16, kv_block=8, density=0.2)]
+GATED = VSA(gate=True, tile=(1, 2, 2), sparsity=0.7)
+METHODS: list[Method] = [
+    SLA(q_block=16, kv_block=8, density=0.2),
+    SLA2(q_block=16, kv_block=8, density=0.2),
+    GATED,
+]
 GRIDS = {"Wan": (3, 4, 4), "HunyuanVideo": (3, 4, 4), "FLUX.1": (1, 8, 8)}
 by_name = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
@@ -45,7 +50,7 @@ def test_every_parameter_learns_and_nothing_stays(method: Method, name: str) -> 
     family, model = FAMILIES[name], FAMILIES[name].build().requires_grad_(False)
     arguments = family.arguments(GRIDS[name], batch=2)
     dense, state = run(model, arguments), set(model.state_dict())
-    falloff.enable(model, method)
+    falloff.enable(model, method, schedule=tiny.ALWAYS)
     branches = falloff.branches(model)
     assert list(branches["0"]) == [str(layer) for layer in range(family.layers)]
     assert set(model.state_dict()) == state
@@ -73,7 +78,7 @@ def test_every_parameter_learns_and_nothing_stays(method: Method, name: str) -> 
 def test_pipelines_with_two_experts(method: Method, tmp_path: Path) -> None:
     pipe = tiny.t2v(experts=2)
     dense = tiny.generate(pipe)
-    falloff.enable(pipe, method)
+    falloff.enable(pipe, method, schedule=tiny.ALWAYS)
     fresh = tiny.generate(pipe)
     train_a_little(pipe)
     trained = tiny.generate(pipe)
@@ -85,12 +90,12 @@ def test_pipelines_with_two_experts(method: Method, tmp_path: Path) -> None:
     falloff.save_branches(pipe.transformer_2, tmp_path / "second.safetensors")
     falloff.disable(pipe)
     assert torch.equal(tiny.generate(pipe), dense)
-    falloff.enable(pipe, method)
+    falloff.enable(pipe, method, schedule=tiny.ALWAYS)
     assert torch.equal(tiny.generate(pipe), fresh)
     falloff.load_branches(pipe, tmp_path / "both.safetensors")
     assert torch.equal(tiny.generate(pipe), trained)
     wanted = {name: tensor.clone() for name, tensor in second.state_dict().items()}
-    falloff.enable(pipe, method, replace=True)
+    falloff.enable(pipe, method, schedule=tiny.ALWAYS, replace=True)
     falloff.load_branches(pipe.transformer_2, tmp_path / "second.safetensors")
     loaded = falloff.branches(pipe.transformer_2).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
@@ -100,7 +105,7 @@ def test_pipelines_with_two_experts(method: Method, tmp_path: Path) -> None:
 @by_name
 def test_a_copy_has_parameters_of_its_own(method: Method) -> None:
     model = tiny.transformer()
-    falloff.enable(model, method)
+    falloff.enable(model, method, schedule=tiny.ALWAYS)
     train_a_little(model)
     twin = copy.deepcopy(model)
     trained = forward(model)
@@ -116,7 +121,7 @@ def test_making_them_draws_no_random_numbers(method: Method) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    falloff.enable(model, method)
+    falloff.enable(model, method, schedule=tiny.ALWAYS)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -130,7 +135,7 @@ def test_gradients_are_those_of_autocast_and_checkpointing_too(method: Method) -
         return list(torch.autograd.grad(loss, parameters))
 
     model = tiny.transformer()
-    falloff.enable(model, method)
+    falloff.enable(model, method, schedule=tiny.ALWAYS)
     train_a_little(model)
     plain = gradients()
     model.enable_gradient_checkpointing()
@@ -142,12 +147,11 @@ def test_gradients_are_those_of_autocast_and_checkpointing_too(method: Method) -
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it while tracing
-@pytest.mark.parametrize("whole", [False, True])
-@by_name
+@pytest.mark.parametrize(("method", "whole"), [(METHODS[0], False), (GATED, True)])
 def test_compiled_it_runs_and_refuses_to_learn(method: Method, whole: bool) -> None:
     torch._dynamo.reset()
     model = tiny.transformer()
-    falloff.enable(model, method)
+    falloff.enable(model, method, schedule=tiny.ALWAYS)
     train_a_little(model)
     eager = forward(model)
     target = torch.compile(model, backend="eager", fullgraph=True) if whole else model
@@ -199,7 +203,7 @@ def test_methods_that_learn_nothing_say_so(tmp_path: Path) -> None:
 
 def saved(path: Path, method: Method, layers: int = 2) -> Path:
     model = tiny.transformer(layers=layers)
-    falloff.enable(model, method)
+    falloff.enable(model, method, schedule=tiny.ALWAYS)
     train_a_little(model)
     falloff.save_branches(model, path)
     return path
@@ -311,6 +315,14 @@ def test_layers_of_every_family_tell_their_shape() -> None:
             assert shape.heads == 2, name
             assert shape.heads * shape.head_dim == shape.width, name
             assert device == torch.device("cpu")
+
+
+def test_hidden_states_of_some_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.transformer()
+    falloff.enable(model, GATED, schedule=tiny.ALWAYS)
+    monkeypatch.setattr("falloff.hosts.parallel.shares", lambda config: (2, 0))
+    with pytest.raises(UnsupportedModelError, match="vsa as it is set reads the layers' hidden states"):
+        forward(model)
 
 
 def test_layers_that_do_not_tell_are_refused() -> None:

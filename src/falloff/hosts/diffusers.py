@@ -50,9 +50,13 @@ KEY = _backend_key()
 
 
 class _Here(threading.local):
-    """The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene."""
+    """The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene.
+
+    ``hidden``: the layer's input, where a method reads it.
+    """
 
     slot: Tensor | None = None
+    hidden: Tensor | None = None
     layout: Tensor
     square_mask: bool
 
@@ -93,7 +97,7 @@ def _route(
         raise NotImplementedError("falloff serves plain self-attention: no dropout, causal mask or grouped queries")
     mask = attn_mask[:, :, :1] if _here.square_mask and attn_mask is not None else attn_mask
     if _parallel_config is None:
-        return op.attend(query, key, value, mask, _here.slot, _here.layout, scale)
+        return op.attend(query, key, value, mask, _here.slot, _here.layout, scale, _here.hidden)
     config = _parallel_config.context_parallel_config
     query, key, value = (parallel.all_tokens(x, config) for x in (query, key, value))
     mask = parallel.whole_mask(mask, config)
@@ -186,6 +190,11 @@ class Attachment:
         reason = grid if isinstance(grid, str) else self.stays_dense
         count, share = parallel.shares(_parallelism(self.model, self.host, self.marks[0].processor))
         self.scene.layout = op.layout_of(None if isinstance(grid, str) else grid, count)
+        if count > 1 and self.session.trained.read_hidden(self.number):
+            raise UnsupportedModelError(
+                f"{self.session.method.name} as it is set reads the layers' hidden states, of which a process has its "
+                "own tokens alone under context parallelism; run it without"
+            )
         position = self.watch.look(self.listener.context, given["timestep"])
         self.session.begin(position, given["hidden_states"].device, reason, share=share)
 
@@ -278,13 +287,21 @@ def _attach(attachment: Attachment) -> None:
         _parallelism(model, host, attn.processor)
         seat = Seat(model=attachment.number, layer=layer, layers=len(paths), text_side=host.text_side)
         attachment.marks.append(_mark(path, attn, seat, attachment, shared=users[id(attn.processor)] > 1))
-        if attachment.session.learns(layer):
-            shape, device = layer_of(path, attn)
-            attachment.session.trained.add(attachment.session.method, attachment.number, layer, shape, device)
+        _learn(attachment, attachment.marks[-1])
     attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
     attachment.handles.append(model.register_forward_hook(_root_ends))
     attachment.handles.append(model.register_forward_hook(_root_left, always_call=True))
     listen(model, attachment.listener)
+
+
+def _learn(attachment: Attachment, mark: Mark) -> None:
+    """Give a layer its parameters, where the method has some."""
+    session, seat = attachment.session, mark.slot.seat
+    if session.learns(seat.layer):
+        shape, device = layer_of(mark.path, mark.attn)
+        branch = session.trained.add(session.method, seat.model, seat.layer, shape, device)
+        if branch.reads_hidden:
+            mark.handles.append(mark.attn.register_forward_pre_hook(_layer_shows, with_kwargs=True))
 
 
 def _check_arguments(model: nn.Module, names: list[str]) -> None:
@@ -411,7 +428,7 @@ def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch left it untyped
 def _root_left(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Also on an error in a layer, which must not be taken for the layer of other calls."""
-    _here.slot = None
+    _here.slot = _here.hidden = None
 
 
 def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
@@ -420,5 +437,9 @@ def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
     _here.square_mask = attn._falloff_scene.square_mask
 
 
+def _layer_shows(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _here.hidden = args[0] if args else kwargs["hidden_states"]
+
+
 def _layer_ends(attn: Any, args: tuple[Any, ...], output: Any) -> None:
-    _here.slot = None
+    _here.slot = _here.hidden = None
