@@ -304,7 +304,7 @@ class Session:
         return extended.transpose(1, 2)
 
     def _leaves_nothing_out(self, plan: Plan) -> bool:
-        return self.kernel == "auto" and plan.density == 1
+        return self.kernel == "auto" and plan.density == 1 and plan.skip is None
 
     def _sequence(
         self, seat: Seat, grid: Grid | None, q_BSHD: Tensor, k_BSHD: Tensor, mask: Tensor | None

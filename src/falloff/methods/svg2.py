@@ -55,6 +55,7 @@ class SVG2(Method):
     """
 
     name: ClassVar[str] = "svg2"
+    dial: ClassVar[str | None] = "mass"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "mass": Span(0.1, 0.98),
         "min_share": Span(0.0, 0.3),
