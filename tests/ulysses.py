@@ -98,6 +98,20 @@ def compiled() -> None:
     torch.testing.assert_close(run(model, given), expected, atol=1e-6, rtol=1e-5)
 
 
+def learned() -> None:
+    """Of parameters of single heads, a process takes those of its own."""
+    family = FAMILIES["Wan"]
+    given, method = arguments(family), falloff.SLA2(density=0.3, q_block=8, kv_block=8)
+    outputs = []
+    for model in (family.build(), share(family.build())):
+        falloff.enable(model, method)
+        with torch.no_grad():
+            for layer in falloff.branches(model)["0"].values():
+                layer.offset.copy_(torch.tensor([3.0, -3.0]))
+        outputs.append(run(model, given))
+    torch.testing.assert_close(*outputs, atol=1e-6, rtol=1e-5)
+
+
 def gradients() -> None:
     family = FAMILIES["FLUX.1"]
     given, method = arguments(family), tiny.Frames(rows=True)
@@ -122,6 +136,7 @@ CASES: dict[str, Callable[[], None]] = {
     "FLUX.2": lambda: same("FLUX.2", tiny.Frames(rows=True), first=True),
     "QwenImage": lambda: same("QwenImage", tiny.Frames(rows=True), first=True),
     "plans of each head": lambda: same("FLUX.1", PerHead(), first=True),
+    "learned": learned,
     "compiled": compiled,
     "gradients": gradients,
 }

@@ -9,7 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from falloff.api import attention, disable, enable, plan_for, report, using
+    from falloff.api import (
+        attention,
+        branches,
+        disable,
+        enable,
+        load_branches,
+        plan_for,
+        report,
+        save_branches,
+        using,
+    )
     from falloff.evaluation.compare import compare
     from falloff.evaluation.tune import Goal, tune
     from falloff.geometry import Grid, Sequence
@@ -17,6 +27,8 @@ if TYPE_CHECKING:
     from falloff.hosts.sdpa import sdpa
     from falloff.methods import (
         PBS,
+        SLA,
+        SLA2,
         SVG1,
         SVG2,
         VSA,
@@ -43,6 +55,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PBS",
     "PRESETS",
+    "SLA",
+    "SLA2",
     "SVG1",
     "SVG2",
     "VSA",
@@ -69,20 +83,33 @@ __all__ = [
     "TileWindows",
     "XAttention",
     "attention",
+    "branches",
     "compare",
     "disable",
     "enable",
+    "load_branches",
     "plan_for",
     "preset",
     "register_diffusers_backend",
     "report",
+    "save_branches",
     "sdpa",
     "tune",
     "using",
 ]
 
 _HOME = {
-    "falloff.api": ("attention", "disable", "enable", "plan_for", "report", "using"),
+    "falloff.api": (
+        "attention",
+        "branches",
+        "disable",
+        "enable",
+        "load_branches",
+        "plan_for",
+        "report",
+        "save_branches",
+        "using",
+    ),
     "falloff.evaluation.compare": ("compare",),
     "falloff.evaluation.tune": ("Goal", "tune"),
     "falloff.geometry": ("Grid", "Sequence"),
@@ -99,6 +126,8 @@ _HOME = {
         "PBS",
         "Radial",
         "Router",
+        "SLA",
+        "SLA2",
         "SVG1",
         "SVG2",
         "SlidingTile",

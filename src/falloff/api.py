@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from falloff import kernels, methods
+from falloff import branch_file, kernels, methods
+from falloff.branch_file import BranchError
 from falloff.hosts import UnsupportedModelError, host_for
 from falloff.methods.base import Method, plan_for
 from falloff.plan import Plan
@@ -21,7 +23,20 @@ if TYPE_CHECKING:
     from falloff.hosts import Host
     from falloff.hosts.diffusers import Attachment
 
-__all__ = ["AlreadyEnabledError", "NotEnabledError", "attention", "disable", "enable", "plan_for", "report", "using"]
+__all__ = [
+    "AlreadyEnabledError",
+    "BranchError",
+    "NotEnabledError",
+    "attention",
+    "branches",
+    "disable",
+    "enable",
+    "load_branches",
+    "plan_for",
+    "report",
+    "save_branches",
+    "using",
+]
 TRANSFORMERS = ("transformer", "transformer_2")
 """Where a diffusers pipeline keeps its transformers; Wan 2.2 has two."""
 T = TypeVar("T")
@@ -52,12 +67,14 @@ def enable(
     attached.
 
     Raises ``AlreadyEnabledError`` when a method is attached already, unless ``replace`` is set,
-    ``UnsupportedModelError`` for models of no known family, ``RecipeError`` for another model's recipe, and
+    ``UnsupportedModelError`` for models of no known family, ``RecipeError`` for another model's recipe,
+    ``BranchError`` and ``OSError`` for a recipe whose learned parameters cannot be read, and
     ``ValueError`` for unknown methods and kernels, and for a method that leaves out pairs of frames on a model of
     images.
     """
     models = _models(pipe)
     hosts = [host_for(model) for model in models]
+    learned = method.branches if isinstance(method, Recipe) else None
     if isinstance(method, Recipe):
         check_recipe(pipe, method)
         schedule = schedule or method.schedule
@@ -79,6 +96,12 @@ def enable(
         diffusers.detach(attachment)
     session = Session(method, schedule=schedule or method.schedule, kernel=kernel, timing=timing)
     diffusers.attach(models, hosts, session, pipe if _is_pipeline(pipe) else None)
+    if learned is not None:
+        try:
+            load_branches(pipe, learned)
+        except BaseException:
+            disable(pipe)
+            raise
     return pipe
 
 
@@ -110,10 +133,36 @@ def using(
 
 def report(pipe: Any) -> Report:
     """What the method did in the last run. Raises ``NotEnabledError`` when not attached."""
-    sessions = {id(attachment.session): attachment.session for attachment in _enabled(pipe)}
-    if len(sessions) > 1:
-        raise ValueError("these transformers were enabled one by one; ask for the report of each")
-    return next(iter(sessions.values())).report()
+    return _session(_enabled(pipe)).report()
+
+
+def branches(pipe: Any) -> nn.ModuleDict:
+    """What the method has learned and an optimizer trains: by the number of the model, then of the layer.
+
+    They are made by ``enable``, float32 as a rule, and ``disable`` forgets them: save them before. Gradients need eager
+    mode. Raises ``NotEnabledError`` when not attached, ``BranchError`` for a method that learns nothing.
+    """
+    attachments = _enabled(pipe)
+    session = _session(attachments)
+    if not session.method.learns:
+        raise BranchError(f"{session.method.name} has no parameters to train, as it is set: {session.method}")
+    own = (session.trained.layers(attachment.number) for attachment in attachments)
+    return nn.ModuleDict({str(number): modules for number, modules in enumerate(own)})
+
+
+def save_branches(pipe: Any, path: str | Path) -> None:
+    """Write what the method has learned to a safetensors file. Raises as ``branches``, and ``OSError``."""
+    modules, method = branches(pipe), _session(_enabled(pipe)).method
+    branch_file.save(path, modules, branch_file.label_of(method, identities(pipe)), method)
+
+
+def load_branches(pipe: Any, path: str | Path) -> None:
+    """Read what ``save_branches`` wrote, or the projections of an SLA checkpoint, into the method at work.
+
+    Raises as ``branches``, ``BranchError`` for a file that is not of this model and method, and ``OSError``.
+    """
+    modules, method = branches(pipe), _session(_enabled(pipe)).method
+    branch_file.load(path, modules, branch_file.label_of(method, identities(pipe)))
 
 
 def check_recipe(pipe: Any, recipe: Recipe) -> None:
@@ -187,6 +236,12 @@ def _enabled(pipe: Any) -> list[Attachment]:
     if not attachments:
         raise NotEnabledError(f"falloff is not enabled on this {type(pipe).__name__}; call falloff.enable first")
     return attachments
+
+
+def _session(attachments: list[Attachment]) -> Session:
+    if len({id(attachment.session) for attachment in attachments}) > 1:
+        raise ValueError("these transformers were enabled one by one; ask for each")
+    return attachments[0].session
 
 
 def _check_kernel(kernel: str) -> None:

@@ -125,6 +125,8 @@ class Plan:
     ``skip``: leave blocks out while computing, by the rule of ``falloff.kernels.skip``, whose weights would all be
     below 2^-skip of the largest so far; at least 0, ``None`` leaves out nothing. Forward only. Which blocks go is not
     known before, so that they count as computed.
+    ``dropped``: of the blocks that are not computed, those that a method's own branch leaves out too; kernels never
+    look at it.
 
     Raises ``PlanError`` when these do not fit together. Checked once here, trusted by kernels.
     """
@@ -139,6 +141,7 @@ class Plan:
     partial: bool = False
     summary: bool = False
     skip: float | None = None
+    dropped: BlockMap | None = None
 
     def __post_init__(self) -> None:
         _check_skip(self.skip, self.summary)
@@ -152,6 +155,8 @@ class Plan:
                 _check_order(side, length, order, (batch, heads))
         if not self.partial and bool((self._row_pairs()[self._q_sizes_rows() > 0] == 0).any()):
             raise PlanError("a query block sees no key; give every block at least one key block, or set partial=True")
+        if self.dropped is not None:
+            _check_dropped(self.blocks, self.dropped)
 
     def q_sizes_BHT(self) -> Tensor:
         """Query block sizes, int64 [B|1, H|1, Tq]."""
@@ -211,6 +216,8 @@ class Plan:
             raise PlanError("smaller blocks have other means; a plan with a summary cannot be refined")
         if self.skip is not None:
             raise PlanError("smaller blocks are left out more often; a plan with skip cannot be refined")
+        if self.dropped is not None:
+            raise PlanError("a plan with dropped blocks is one method's own and cannot be refined")
         if self.q_sizes % size or self.kv_sizes % size:
             raise PlanError(f"blocks of {self.q_sizes} x {self.kv_sizes} cannot be cut into blocks of {size}")
         fine = self.blocks.dense().repeat_interleave(self.q_sizes // size, 2)
@@ -229,6 +236,8 @@ class Plan:
             for name in ("q_sizes", "kv_sizes", "q_order", "kv_order")
             if isinstance(value := getattr(self, name), Tensor)
         }
+        if self.dropped is not None:
+            moved["dropped"] = self.dropped.to(device)
         return dataclasses.replace(self, blocks=blocks, **moved)
 
     def _row_pairs(self) -> Tensor:
@@ -308,6 +317,14 @@ def _check_order(side: str, length: int, order: Tensor, lead: tuple[int, int]) -
         raise PlanError(f"{side}_order must be int64 [{length}] or [B|1, H|1, {length}], got {tuple(order.shape)}")
     if not torch.equal(order.sort(-1).values, torch.arange(length, device=order.device).expand_as(order)):
         raise PlanError(f"{side}_order is not a permutation of 0 to {length - 1}")
+
+
+def _check_dropped(blocks: BlockMap, dropped: BlockMap) -> None:
+    if dropped.shape != blocks.shape:
+        raise PlanError(f"dropped must have the shape of blocks, {blocks.shape}, got {dropped.shape}")
+    kept, left = (m.row_ids * m.shape[3] + m.columns for m in (blocks, dropped))
+    if bool(torch.isin(left, kept, assume_unique=True).any()):
+        raise PlanError("a dropped block is computed as well; give every pair of blocks one of the two at most")
 
 
 def _leads(value: Tensor, last: int, lead: tuple[int, int]) -> bool:

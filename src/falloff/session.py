@@ -6,6 +6,7 @@ the method for a plan, runs it, or leaves the call to the model's own dense atte
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,9 +22,11 @@ from falloff.geometry import Grid, Sequence
 from falloff.kernels.masks import mask_fault, valid_keys
 from falloff.kernels.needs import differentiable
 from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.branch import Work
 from falloff.plan import Plan
 from falloff.reporting import Record, Report, Stopwatch
 from falloff.schedule import Schedule
+from falloff.trained import Trained
 
 PLANS_KEPT = 8
 """Plans of a static method kept at once: one for every size in use."""
@@ -74,7 +77,7 @@ class Session:
     """A method with its schedule and kernel, at work in one or more models.
 
     ``kernel``: "auto", or the name of the one kernel to use. ``timing``: measure attention and forwards.
-    Statistics and the method's state are of the last run only.
+    Statistics and the method's state are of the last run only. ``trained``: what the method has learned.
     """
 
     def __init__(self, method: Method, *, schedule: Schedule, kernel: str = "auto", timing: bool = False) -> None:
@@ -95,10 +98,25 @@ class Session:
         self._looked_at: set[tuple[int, int]] = set()
         self._looks: list[sanity.Look] = []
         self._share = 0
+        self.trained = Trained()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        """The same settings at work elsewhere: plans, state and statistics are not shared."""
-        return Session(self.method, schedule=self.schedule, kernel=self.kernel, timing=self.timing)
+        """The same settings and parameters at work elsewhere: plans, state and statistics are not shared."""
+        twin = Session(self.method, schedule=self.schedule, kernel=self.kernel, timing=self.timing)
+        twin.trained = copy.deepcopy(self.trained, memo)
+        return twin
+
+    def learns(self, layer: int) -> bool:
+        """Whether a layer gets parameters: those that stay dense in any case need none."""
+        return self.method.learns and layer not in self.schedule.dense_layers
+
+    def refuse_compiled_training(self, seat: Seat) -> None:
+        """Raise ``MethodError`` for a compiled call whose parameters await a gradient, which would never come."""
+        if self.trained.awaits_gradient(seat.model, seat.layer):
+            raise MethodError(
+                f"{self.method.name} has trained parameters, whose gradients torch.compile does not see: train the "
+                "model in eager mode, and run a compiled one under torch.no_grad()"
+            )
 
     def begin(
         self, position: Position, device: torch.device, stays_dense: str | None = None, *, share: int = 0
@@ -119,8 +137,21 @@ class Session:
         self.position = position
         self._stays_dense = stays_dense
         self._share = share
+        self.trained.begin(device)
         if self.timing:
             self._forwards.append(Stopwatch(device))
+
+    def replan(self, method: Method) -> None:
+        """Plan by other settings of the same method from now on."""
+        if type(method) is not type(self.method):
+            raise TypeError(f"the session is of {self.method.name}, not of {method.name}")
+        if method != self.method:
+            self.method = method
+            self._plans.clear()
+
+    def forget(self) -> None:
+        """Drop what the method has kept for later calls of the run."""
+        self._states.clear()
 
     def end(self) -> None:
         """The root forward is over. Raises ``OutputError`` when a layer put out what attention cannot."""
@@ -140,10 +171,12 @@ class Session:
         dense: DenseBackend,
         mask: Tensor | None = None,
         scale: float | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, bool]:
         """One self-attention call: the output [B, S, H, D], and whether a plan computed it.
 
         ``mask``: as for PyTorch's attention. A plan is made only where it is over keys alone, bool [B, 1, 1, S].
+        ``hidden``: the layer's input [B, S, C] or that of the grid's tokens alone, for a branch that reads it.
         """
         started = time.perf_counter()
         sequence = self._sequence(seat, grid, q_BSHD, k_BSHD, mask)
@@ -162,13 +195,16 @@ class Session:
             out = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
             note.update(density=1.0, kernel=dense.name(), reason=plan.reason)
         else:
-            out, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
+            kept, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
+            assert isinstance(sequence, Sequence)  # a plan was made for it
+            tensors = (q_BSHD, k_BSHD, v_BSHD, kept)
+            out = self._extended(seat, sequence, plan, tensors, mask, scale, hidden)
             note.update(density=plan.density, kernel=choice.name, reason=None)
             self._last_plan, self._last_choice = plan, choice
         self._note(seat, note, watch.stop() if watch else None)
         if not isinstance(plan, Dense) and (seat.model, seat.layer) not in self._looked_at:
             self._looked_at.add((seat.model, seat.layer))
-            self._look(seat, choice, q_BSHD, k_BSHD, v_BSHD, out)
+            self._look(seat, choice, q_BSHD, k_BSHD, v_BSHD, kept)
         return out, not isinstance(plan, Dense)
 
     def attend_again(
@@ -235,6 +271,37 @@ class Session:
             plan, q, k, v, scale=scale, key_valid=valid, impl=self.kernel, needs_lse=False
         )
         return out.transpose(1, 2), choice
+
+    def _extended(
+        self,
+        seat: Seat,
+        sequence: Sequence,
+        plan: Plan,
+        tensors_BSHD: tuple[Tensor, Tensor, Tensor, Tensor],
+        mask: Tensor | None,
+        scale: float | None,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """The output with what the layer has learned, [B, S, H, D], from q, k, v and the output without."""
+        branch = self.trained.of(seat.model, seat.layer)
+        if branch is None:
+            return tensors_BSHD[3]
+        q, k, v, out = (x.transpose(1, 2) for x in tensors_BSHD)
+        work = Work(
+            plan=plan,
+            q_BHND=q,
+            k_BHND=k,
+            v_BHND=v,
+            out_BHND=out,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            key_valid_BN=valid_keys(mask, len(q)),
+            hidden_BSC=hidden,
+            hidden_tokens=_covered(hidden, sequence),
+            first_head=self._share * q.shape[1],
+        )
+        with torch.autocast(q.device.type, enabled=False):  # its sums are too long for half precision
+            extended: Tensor = branch(work)
+        return extended.transpose(1, 2)
 
     def _leaves_nothing_out(self, plan: Plan) -> bool:
         return self.kernel == "auto" and plan.density == 1 and plan.skip is None
@@ -338,7 +405,8 @@ class Session:
             branch=where.branch,
             first_head=self._share * q_BSHD.shape[2],
         )
-        state = self._states.setdefault((seat.model, seat.layer, where.branch), State(shared=self._shared))
+        fresh = State(shared=self._shared, trained=self.trained.of(seat.model, seat.layer))
+        state = self._states.setdefault((seat.model, seat.layer, where.branch), fresh)
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
         try:
             plan = self.method.plan(call, q, k, v, state)
@@ -354,6 +422,13 @@ class Session:
 
 def _sequence(seat: Seat, grid: Grid, tokens: int) -> Sequence:
     return Sequence(grid, tokens - grid.tokens, seat.text_side or "after")
+
+
+def _covered(hidden: Tensor | None, sequence: Sequence) -> slice | None:
+    """The tokens of a sequence that hidden states [B, S, C] are of: all, or those of the grid."""
+    if hidden is None or hidden.shape[1] == sequence.tokens:
+        return None
+    return slice(sequence.video_start, sequence.video_start + sequence.grid.tokens)
 
 
 def _fail(method: Method, call: Call, error: Exception) -> NoReturn:

@@ -243,6 +243,8 @@ def test_unknown_models_and_kernels_are_refused() -> None:
         patched(comfy.model(comfy.Flux))
     with pytest.raises(ValueError, match="unknown kernel 'fast'; choose one of auto"):
         patched(comfy.model(), kernel="fast")
+    with pytest.raises(ValueError, match="sla as it is set has trained parameters"):
+        patched(comfy.model(), falloff.SLA())
     with pytest.raises(ValueError, match="not at work in this MODEL"):
         comfyui.report(comfy.model())
 

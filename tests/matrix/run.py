@@ -22,13 +22,14 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests/matrix/results.json"
 TRANSFORMERS_4, TRANSFORMERS_5 = "transformers>=4.57,<5", "transformers>=5.23,<6"
+# torchao of today wants a newer PyTorch, and peft of today a newer torchao.
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "diffusers 0.35.2": ("diffusers==0.35.2", TRANSFORMERS_4),
     "diffusers 0.36.0": ("diffusers==0.36.0", TRANSFORMERS_4),
     "diffusers 0.39.0": ("diffusers==0.39.0", TRANSFORMERS_5),
     "diffusers 0.41.0": ("diffusers==0.41.0", TRANSFORMERS_5),
     "diffusers 0.42.1": ("diffusers==0.42.1", TRANSFORMERS_5),
-    "torch 2.6.0": ("torch==2.6.0", "diffusers==0.42.1", TRANSFORMERS_5),
+    "torch 2.6.0": ("torch==2.6.0", "torchao==0.9.0", "peft==0.18.1", "diffusers==0.42.1", TRANSFORMERS_5),
 }
 TESTS = (
     "tests/hosts/test_diffusers.py",

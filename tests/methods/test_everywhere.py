@@ -23,6 +23,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "pbs": {"tau": 0.7, "block": 32},
     "radial": {"block": 16},
     "sparge": {"q_block": 32, "kv_block": 16},
+    "sla": {"density": 0.2, "q_block": 32, "kv_block": 16},
+    "sla2": {"density": 0.2, "q_block": 32, "kv_block": 16},
     "xattention": {"tau": 0.7, "block": 32},
 }
 """Settings with which something is left out of such short sequences."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from falloff.cli.settings import choose, words
 from falloff.geometry import Grid, Sequence
 from falloff.kernels import run
-from falloff.methods import SVG1, AdaSpa, Call, Dense, Full, Method, Radial, Router, State, get, routing
+from falloff.methods import SLA, SVG1, AdaSpa, Call, Dense, Full, Method, Radial, Router, State, get, routing
 from falloff.methods.routing import merged, output_errors, sampled_queries
 from falloff.methods.svg1 import patch_major
 from falloff.plan import BlockMap, Plan, PlanError, dense_plan
@@ -247,6 +247,7 @@ def test_what_is_not_finite_stays_dense(which: int) -> None:
         (Router, {"candidates": ()}, r"candidates is empty"),
         (Router, {"candidates": (7,)}, r"expected a method, its name or .* got 7"),
         (Router, {"candidates": ("radail",)}, r"unknown method 'radail'"),
+        (Router, {"candidates": (Radial(), SLA())}, r"candidates = sla have trained parameters"),
         (Router, {"tolerance": -1.0}, r"tolerance = -1.0 is negative"),
         (Router, {"rows": 0}, r"rows = 0"),
     ],

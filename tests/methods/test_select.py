@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from falloff.methods.select import cover, mass_ge, mass_le, near, topk
+from falloff.methods.select import cover, mass_ge, mass_le, near, topk, union
 
 LADDER = torch.tensor([0.6, 0.25, 0.1, 0.05], dtype=torch.float64)
 UNIFORM = torch.full((4,), 0.25, dtype=torch.float64)
@@ -48,6 +48,22 @@ def test_rules_differ_at_equality_alone() -> None:
 def test_mass_rules_on_the_published_rows(mass: Tensor, share: float, at_most: int, at_least: int) -> None:
     assert ids(mass_le(mass, share)) == list(range(at_most))
     assert ids(mass_ge(mass, share)) == list(range(at_least))
+
+
+@pytest.mark.parametrize(
+    ("mass", "count", "share", "kept"),
+    [(LADDER, 1, 0.7, 2), (LADDER, 3, 0.7, 3), (UNIFORM, 1, 0.6, 3), (LADDER, 1, 0.5, 1)],
+)
+def test_union_is_the_larger_of_both(mass: Tensor, count: int, share: float, kept: int) -> None:
+    assert ids(union(mass.log(), count, share)) == list(range(kept))
+
+
+def test_union_of_a_row_without_mass_is_its_count() -> None:
+    assert ids(union(torch.full((4,), -torch.inf), 2, 0.9)) == [0, 1]
+
+
+def test_union_ranks_blocks_whose_mass_is_too_small_to_tell() -> None:
+    assert ids(union(torch.tensor([0.0, -300.0, -200.0]), 2, 0.5)) == [0, 2]
 
 
 def test_a_share_of_one_keeps_every_block_with_mass_whatever_the_sum_rounds_to() -> None:

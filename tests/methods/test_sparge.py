@@ -50,7 +50,7 @@ def test_self_similarity_is_the_mean_cosine_and_knows_no_length() -> None:
     torch.testing.assert_close(half.double(), self_similarity(x, 8), atol=2e-3, rtol=0)
 
 
-MODES = [("topk", 0.4), ("mass_le", 0.6), ("mass_ge", 0.6)]
+MODES = [("topk", 0.4), ("mass_le", 0.6), ("mass_ge", 0.6), ("union", 0.2)]
 
 
 @pytest.mark.parametrize(("mode", "keep"), MODES)
@@ -68,6 +68,7 @@ def test_the_map_follows_the_rule_one_row_at_a_time(mode: str, keep: float, thet
             order = sorted(range(11), key=lambda j: -logits[j].item())
             mass = logits.softmax(0)[order].cumsum(0)
             count = {"topk": 4, "mass_le": max(1, int((mass <= 0.6).sum())), "mass_ge": 1 + int((mass < 0.6).sum())}
+            count["union"] = max(2, 1 + int((mass < 0.5).sum()))
             on = torch.zeros(11, dtype=torch.bool)
             on[order[: count[mode]]] = True
             assert torch.equal(made[0, h, i], on | ~alike_k[0, h] | ~alike_q[0, h, i]), (h, i)

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from trained_calls import normal
 
-from falloff import Grid, Plan, Sequence
+from falloff import Grid, Plan, Sequence, kernels
 from falloff.geometry import tile_order
 from falloff.methods import VSA, Call, Dense, State
+from falloff.methods.branch import Layer, Work
 from falloff.methods.pooling import tile_sizes
 
 
@@ -105,3 +107,93 @@ def test_what_is_not_finite_stays_dense() -> None:
 def test_settings_are_checked(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VSA(**setting)
+
+
+def whole_tiles(grid: Grid, tile: tuple[int, int, int], text: int) -> tuple[Sequence, list[Tensor]]:
+    """A sequence with text after it, and the tokens of every tile; text comes in tiles of as many tokens."""
+    sequence = Sequence(grid, text)
+    sizes = tile_sizes(grid, tile)
+    ends = (grid.tokens + torch.arange(text)).split(int(sizes.max())) if text else ()
+    return sequence, [*tile_order(grid, tile).split(sizes.tolist()), *ends]
+
+
+@pytest.mark.parametrize("text", [0, 7])
+@pytest.mark.parametrize("covers_text", [False, True])
+def test_the_gated_branch_one_tile_at_a_time(text: int, covers_text: bool) -> None:
+    tile = (1, 2, 3)
+    sequence, tiles = whole_tiles(Grid(2, 3, 5), tile, text)
+    n, shown = sequence.tokens, sequence.tokens if covers_text else sequence.grid.tokens
+    method = VSA(gate=True, tile=tile)
+    made = method.branch(Layer(heads=2, head_dim=4, width=6, dtype=torch.float64))
+    q, k = (torch.cat(2 * [x]) for x in qk(n))
+    v, hidden = normal(3, 2, 2, n, 4), normal(4, 2, shown, 6)
+    valid = torch.ones(2, n, dtype=torch.bool)
+    if text:
+        valid[0, -5:], valid[1, -7:] = False, False
+        k, v = (x.masked_fill(~valid[:, None, :, None], torch.nan) for x in (k, v))
+    kept = normal(5, 2, 2, n, 4)
+    made_plan = plan(method, sequence, q, k)
+    assert isinstance(made_plan, Plan)
+    work = Work(
+        plan=made_plan,
+        q_BHND=q,
+        k_BHND=k,
+        v_BHND=v,
+        out_BHND=kept,
+        scale=0.5,
+        key_valid_BN=valid if text else None,
+        hidden_BSC=hidden,
+        hidden_tokens=None if shown == n else slice(0, shown),
+    )
+    assert torch.equal(made(work), kept)
+    with torch.no_grad():
+        made.gate.weight.copy_(normal(6, 8, 6))
+        made.gate.bias.copy_(normal(7, 8))
+    out = made(work) - kept
+    for entry in range(2):
+        members = [m[valid[entry, m]] for m in tiles]
+        keys = [m for m in members if len(m)]
+        for head in range(2):
+            k_c, v_c = (torch.stack([x[entry, head, m].mean(0) for m in keys]) for x in (k, v))
+            for rows in tiles:
+                coarse = (0.5 * k_c @ q[entry, head, rows].mean(0)).softmax(0) @ v_c
+                for row in rows:
+                    gate = torch.zeros(4, dtype=torch.float64)
+                    if row < shown:
+                        gate = made.gate(hidden[entry, row]).view(2, 4)[head]
+                    torch.testing.assert_close(out[entry, head, row], gate * coarse)
+
+
+def test_gradients_of_the_gated_branch() -> None:
+    sequence = Sequence(Grid(2, 3, 5))
+    method = VSA(gate=True, tile=(1, 2, 3))
+    made = method.branch(Layer(heads=2, head_dim=3, width=4, dtype=torch.float64))
+    with torch.no_grad():
+        made.gate.weight.copy_(normal(6, 6, 4))
+    q, k, v = (normal(i, 1, 2, 30, 3) for i in range(3))
+    made_plan = plan(method, sequence, q, k)
+    assert isinstance(made_plan, Plan)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, *_: Tensor) -> Tensor:
+        out = kernels.attend(made_plan, q, k, v, impl="reference")
+        work = Work(plan=made_plan, q_BHND=q, k_BHND=k, v_BHND=v, out_BHND=out, scale=0.5, hidden_BSC=hidden)
+        result: Tensor = made(work)
+        return result
+
+    inputs = [x.requires_grad_() for x in (q, k, v, normal(4, 1, 30, 4))]
+    assert torch.autograd.gradcheck(call, [*inputs, *made.parameters()], atol=1e-7, fast_mode=True)
+
+
+def test_hidden_states_of_other_tokens_are_refused() -> None:
+    made = VSA(gate=True).branch(Layer(heads=2, head_dim=4, width=6))
+    q = torch.zeros(1, 2, 8, 4)
+    made_plan = plan(VSA(), Sequence(Grid(1, 2, 4)), q, q)
+    assert isinstance(made_plan, Plan)
+    work = Work(plan=made_plan, q_BHND=q, k_BHND=q, v_BHND=q, out_BHND=q, scale=1.0, hidden_BSC=torch.zeros(1, 5, 6))
+    with pytest.raises(ValueError, match=r"hidden states \[1, 5, 6\] are neither of the 8 tokens of the call nor"):
+        made(work)
+
+
+def test_without_its_gate_it_learns_nothing() -> None:
+    assert not VSA().learns
+    assert VSA(gate=True).learns

@@ -48,18 +48,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to run: plain dense (no method), a method, or the probe, which is dense too."""
+    """One way to run: plain dense (no method), a method, or the probe, which is dense too.
+
+    ``learned``: the recipe of a method that has learned parameters.
+    """
 
     label: str
     method: Method | None
     schedule: Schedule | None = None
     kernel: str = "auto"
+    learned: Recipe | None = None
 
     def attached(self, pipe: Any, schedule: Schedule | None = None) -> AbstractContextManager[Any]:
         if self.method is None:
             return nullcontext()
+        # what was learned is of the layers that its own schedule does not keep dense
+        method = self.learned if self.learned is not None and schedule is None else self.method
         schedule = schedule or self.schedule
-        return api.using(pipe, self.method, schedule=schedule, kernel=self.kernel, timing=True)
+        return api.using(pipe, method, schedule=schedule, kernel=self.kernel, timing=True)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ def _way(label: str, given: str | Method | Recipe, schedule: Schedule | None, ke
     if isinstance(given, Recipe):
         schedule = schedule or given.schedule
         kernel = given.kernel if kernel == "auto" else kernel
+        return _Way(label, given.method, schedule, kernel, given if given.branches is not None else None)
     return _Way(label, _method(given), schedule, kernel)
 
 

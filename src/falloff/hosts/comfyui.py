@@ -258,6 +258,8 @@ def patch(
     names = ("auto", *(name for name, _, _ in kernels.available()))
     if kernel not in names:
         raise ValueError(f"unknown kernel {kernel!r}; choose one of {', '.join(names)}")
+    if method.learns:
+        raise ValueError(f"{method.name} as it is set has trained parameters, for which there is no node yet")
     clone = model.clone()
     options = clone.model_options.setdefault("transformer_options", {})
     previous = options.get(OVERRIDE)

@@ -12,7 +12,8 @@ import copy
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,11 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch import Tensor, nn
 
 from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
+from falloff.hosts.layers import layer_of
 from falloff.hosts.listener import Listener, listen, unlisten
 from falloff.hosts.where import Watch
-from falloff.session import DenseBackend, Seat, Session
+from falloff.methods.base import Method
+from falloff.session import DenseBackend, Position, Seat, Session
 
 NAME = "falloff"
 
@@ -47,9 +50,13 @@ KEY = _backend_key()
 
 
 class _Here(threading.local):
-    """The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene."""
+    """The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene.
+
+    ``hidden``: the layer's input, where a method reads it.
+    """
 
     slot: Tensor | None = None
+    hidden: Tensor | None = None
     layout: Tensor
     square_mask: bool
 
@@ -90,7 +97,7 @@ def _route(
         raise NotImplementedError("falloff serves plain self-attention: no dropout, causal mask or grouped queries")
     mask = attn_mask[:, :, :1] if _here.square_mask and attn_mask is not None else attn_mask
     if _parallel_config is None:
-        return op.attend(query, key, value, mask, _here.slot, _here.layout, scale)
+        return op.attend(query, key, value, mask, _here.slot, _here.layout, scale, _here.hidden)
     config = _parallel_config.context_parallel_config
     query, key, value = (parallel.all_tokens(x, config) for x in (query, key, value))
     mask = parallel.whole_mask(mask, config)
@@ -153,6 +160,8 @@ class Attachment:
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         """Of the forward's arguments, in their order."""
         self.scene = Scene(host.square_mask)
+        self.stays_dense: str | None = None
+        """Why all forwards do, if they do for a while."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """A copied model is attached like the first, to a session of its own."""
@@ -178,9 +187,14 @@ class Attachment:
         _check_config(self.model, self.host)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         grid = self.host.grid(given, self.model.config)
-        reason = grid if isinstance(grid, str) else None
+        reason = grid if isinstance(grid, str) else self.stays_dense
         count, share = parallel.shares(_parallelism(self.model, self.host, self.marks[0].processor))
         self.scene.layout = op.layout_of(None if isinstance(grid, str) else grid, count)
+        if count > 1 and self.session.trained.read_hidden(self.number):
+            raise UnsupportedModelError(
+                f"{self.session.method.name} as it is set reads the layers' hidden states, of which a process has its "
+                "own tokens alone under context parallelism; run it without"
+            )
         position = self.watch.look(self.listener.context, given["timestep"])
         self.session.begin(position, given["hidden_states"].device, reason, share=share)
 
@@ -202,6 +216,45 @@ def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session,
 def attached(model: nn.Module) -> Attachment | None:
     """The attachment of a model, if it has one."""
     return getattr(model, "_falloff", None)
+
+
+@contextmanager
+def standing(model: nn.Module, position: Position) -> Iterator[None]:
+    """Forwards by hand stand here, each as a run of its own; for training, where a noise level is a step.
+
+    What a method kept in a forward is gone after it, so that a layer computed again for its gradient is planned as it
+    was the first time. Does nothing to a model without falloff.
+    """
+    attachment = attached(model)
+    if attachment is None:
+        yield
+        return
+    attachment.watch.told = position
+    try:
+        yield
+    finally:
+        attachment.watch.told = None
+        attachment.session.forget()
+
+
+@contextmanager
+def dense(model: nn.Module, reason: str) -> Iterator[None]:
+    """All attention of a model is dense for a while. Does nothing to a model without falloff."""
+    attachment = attached(model)
+    if attachment is not None:
+        attachment.stays_dense = reason
+    try:
+        yield
+    finally:
+        if attachment is not None:
+            attachment.stays_dense = None
+
+
+def replan(model: nn.Module, method: Method) -> None:
+    """Go on with other settings of the method that is attached; what it has learned stays."""
+    attachment = attached(model)
+    assert attachment is not None
+    attachment.session.replan(method)
 
 
 def detach(attachment: Attachment) -> None:
@@ -234,10 +287,21 @@ def _attach(attachment: Attachment) -> None:
         _parallelism(model, host, attn.processor)
         seat = Seat(model=attachment.number, layer=layer, layers=len(paths), text_side=host.text_side)
         attachment.marks.append(_mark(path, attn, seat, attachment, shared=users[id(attn.processor)] > 1))
+        _learn(attachment, attachment.marks[-1])
     attachment.handles.append(model.register_forward_pre_hook(_root_starts, with_kwargs=True))
     attachment.handles.append(model.register_forward_hook(_root_ends))
     attachment.handles.append(model.register_forward_hook(_root_left, always_call=True))
     listen(model, attachment.listener)
+
+
+def _learn(attachment: Attachment, mark: Mark) -> None:
+    """Give a layer its parameters, where the method has some."""
+    session, seat = attachment.session, mark.slot.seat
+    if session.learns(seat.layer):
+        shape, device = layer_of(mark.path, mark.attn)
+        branch = session.trained.add(session.method, seat.model, seat.layer, shape, device)
+        if branch.reads_hidden:
+            mark.handles.append(mark.attn.register_forward_pre_hook(_layer_shows, with_kwargs=True))
 
 
 def _check_arguments(model: nn.Module, names: list[str]) -> None:
@@ -364,7 +428,7 @@ def _root_ends(model: Any, args: tuple[Any, ...], output: Any) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch left it untyped
 def _root_left(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Also on an error in a layer, which must not be taken for the layer of other calls."""
-    _here.slot = None
+    _here.slot = _here.hidden = None
 
 
 def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
@@ -373,5 +437,9 @@ def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
     _here.square_mask = attn._falloff_scene.square_mask
 
 
+def _layer_shows(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _here.hidden = args[0] if args else kwargs["hidden_states"]
+
+
 def _layer_ends(attn: Any, args: tuple[Any, ...], output: Any) -> None:
-    _here.slot = None
+    _here.slot = _here.hidden = None

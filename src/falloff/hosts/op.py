@@ -19,8 +19,9 @@ from falloff.geometry import Grid
 from falloff.hosts.shards import Shards, shards_of
 from falloff.session import DenseBackend, Seat, Session
 
-_TAGS = tuple(tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag is not None)
-"""A replayed CUDA graph would repeat the decisions of the captured step."""
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE is not None else {}
+"""A replayed CUDA graph would repeat the decisions of the captured step. Older PyTorch has no word for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,27 +50,41 @@ def layout_of(grid: tuple[int, int, int] | None, count: int = 1) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slot: Tensor,
+    layout: Tensor,
+    scale: float | None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Self-attention through the slot's session, [B, S, H, D]; ``layout`` from ``layout_of``.
 
-    ``mask``: as for PyTorch's attention, or ``None``.
+    ``mask``: as for PyTorch's attention, or ``None``. ``hidden``: the layer's input, for a method that reads it.
     """
     if torch.compiler.is_compiling():
-        out, _ = torch.ops.falloff.attention(query, key, value, mask, slot, layout, scale)
+        out, _ = torch.ops.falloff.attention(query, key, value, mask, slot, layout, scale, hidden)
         return out  # type: ignore[no-any-return]  # torch.ops has no types
-    return _attend(query, key, value, mask, slot, layout, scale)[0]
+    return _attend(query, key, value, mask, slot, layout, scale, hidden)[0]
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slot: Tensor,
+    layout: Tensor,
+    scale: float | None,
+    hidden: Tensor | None,
 ) -> tuple[Tensor, bool]:
     here = _slots[int(slot)]
     grid, shards = _read(layout, here.seat, query)
     if shards is not None:
         query, key, value, mask = (*map(shards.joined, (query, key, value)), shards.joined_mask(mask))
     out, planned = here.session.attend(
-        here.seat, query, key, value, grid=grid, dense=here.dense, mask=mask, scale=scale
+        here.seat, query, key, value, grid=grid, dense=here.dense, mask=mask, scale=scale, hidden=hidden
     )
     return (out if shards is None else shards.split(out)), planned
 
@@ -85,24 +100,31 @@ def _read(layout: Tensor, seat: Seat, query: Tensor) -> tuple[Grid | None, Shard
     return grid, shards_of(count, query.shape[1], grid.tokens, seat.text_side)
 
 
-@torch.library.custom_op("falloff::attention", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("falloff::attention", mutates_args=(), **_TAGS)
 def _attention_op(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slot: Tensor,
+    layout: Tensor,
+    scale: float | None,
+    hidden: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, S, H, D], and a 0-d CPU bool: whether a plan computed it, which the gradient must know."""
-    out, planned = _attend(query, key, value, mask, slot, layout, scale)
+    here = _slots[int(slot)]
+    here.session.refuse_compiled_training(here.seat)
+    out, planned = _attend(query, key, value, mask, slot, layout, scale, hidden)
     return out.contiguous(), torch.tensor(planned, device="cpu")
 
 
 @_attention_op.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, slot: Tensor, layout: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     return out, torch.empty((), dtype=torch.bool, device="cpu")
 
 
-@torch.library.custom_op("falloff::attention_backward", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("falloff::attention_backward", mutates_args=(), **_TAGS)
 def _attention_backward_op(
     grad: Tensor,
     query: Tensor,
@@ -134,14 +156,14 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *unused: Any) -> 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, slot, layout, ctx.scale = inputs
+    query, key, value, mask, slot, layout, ctx.scale, _ = inputs
     ctx.save_for_backward(query, key, value, mask, slot, layout, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _attention_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.falloff.attention_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
 
 
 _attention_op.register_autograd(_attention_gradient, setup_context=_save)

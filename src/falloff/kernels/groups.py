@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 Group = tuple[int, slice]
 """Index of a few heads of one batch entry in [B, H, ...]."""
 
@@ -21,3 +23,10 @@ def head_groups(batch: int, heads: int, together: int) -> Iterator[Group]:
 def groups_within(batch: int, heads: int, head_bytes: int, most: int = WORKING_BYTES) -> Iterator[Group]:
     """As many heads together as fit ``most`` bytes, one at least."""
     return head_groups(batch, heads, max(1, most // head_bytes))
+
+
+def of_group(x: Tensor, group: Group) -> Tensor:
+    """A group's part of something [B|1, H|1, ...] that batch entries or heads may share."""
+    entry, heads = group
+    own = x[min(entry, len(x) - 1)]
+    return own if len(own) == 1 else own[heads]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from falloff.kernels.groups import Group, groups_within
+from falloff.kernels.groups import groups_within, of_group
 from falloff.kernels.merge import Branch, merge
 from falloff.kernels.needs import differentiable
 from falloff.kernels.product import product
@@ -50,11 +50,11 @@ def with_summary(
     chunk = max(1, WORKING_BYTES // token_bytes)
     results = []
     for group in groups_within(batch, heads, min(chunk, length) * token_bytes, WORKING_BYTES):
-        bias = means.log_size[group][:, None].masked_fill(~_of(skipped, group), -torch.inf)
+        bias = means.log_size[group][:, None].masked_fill(~of_group(skipped, group), -torch.inf)
         k, v = means.k[group], means.v[group]
         parts = []
         for tokens in (slice(start, start + chunk) for start in range(0, length, chunk)):
-            rows = _rows(bias, _of(q_block, group)[:, tokens])
+            rows = _rows(bias, of_group(q_block, group)[:, tokens])
             parts.append(_add(q_BHND[group][:, tokens], k, v, rows, scale, [x[group][:, tokens] for x in kept]))
         results.append([torch.cat(part, 1) for part in zip(*parts, strict=True)])
     out, lse = (
@@ -137,10 +137,3 @@ def _sums(x_ND: Tensor, lengths_T: Tensor) -> Tensor:
     """Sums over consecutive segments, [T, D]; in an order that is fixed, unlike that of adding by index on GPUs."""
     sums: Tensor = torch.segment_reduce(x_ND, "sum", lengths=lengths_T, unsafe=True)  # a plan's sizes add up
     return sums
-
-
-def _of(x: Tensor, group: Group) -> Tensor:
-    """A group's part of something that a plan may share between batch entries or heads."""
-    entry, heads = group
-    own = x[min(entry, len(x) - 1)]
-    return own if len(own) == 1 else own[heads]

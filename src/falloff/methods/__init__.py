@@ -15,6 +15,8 @@ from falloff.methods.hyper import Hyper
 from falloff.methods.pbs import PBS
 from falloff.methods.radial import Radial
 from falloff.methods.router import Router
+from falloff.methods.sla import SLA
+from falloff.methods.sla2 import SLA2
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
 from falloff.methods.sta_windows import TileWindows
@@ -39,6 +41,8 @@ METHODS: dict[str, type[Method]] = {
         XAttention,
         SpargeAttn,
         VSA,
+        SLA,
+        SLA2,
         Anchor,
         Hyper,
         PBS,
@@ -65,6 +69,8 @@ def get(name: str, **settings: Any) -> Method:
 __all__ = [
     "METHODS",
     "PBS",
+    "SLA",
+    "SLA2",
     "SVG1",
     "SVG2",
     "VSA",

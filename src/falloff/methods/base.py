@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from falloff.geometry import Sequence
+from falloff.methods.branch import Branch, Layer
 from falloff.plan import Plan
 from falloff.schedule import Schedule
 
@@ -43,11 +44,13 @@ class Dense:
 class State:
     """What a method keeps between its calls; emptied when a run starts.
 
-    values: for one (session, layer, branch). shared: for all calls of the session.
+    values: for one (session, layer, branch). shared: for all calls of the session. trained: the parameters of the
+    layer, for a method that has some.
     """
 
     values: dict[Hashable, Any] = field(default_factory=dict)
     shared: dict[Hashable, Any] = field(default_factory=dict)
+    trained: Branch | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,20 @@ class Method(ABC):
     @abstractmethod
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         """The plan for one call. A static method must not read q, k or v."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether every layer gets parameters of its own, made by ``branch``."""
+        return False
+
+    def branch(self, layer: Layer) -> Branch:
+        """New parameters for one layer, on the CPU. Only of a method that learns."""
+        raise NotImplementedError(f"{self.name} learns nothing")
+
+    @property
+    def branch_settings(self) -> dict[str, Any]:
+        """The settings that trained parameters are of: with others they mean something else."""
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, for JSON and YAML; ``type(m)(**m.settings()) == m``."""

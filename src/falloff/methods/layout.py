@@ -26,11 +26,13 @@ class Prediction(NamedTuple):
     """A map over the blocks of a video's queries and keys, bool [B|1, H|1, Tq, Tk], and orders to cut them along.
 
     Orders are int64 [B|1, H|1, N] over the tokens that were looked at, with heads of their own where the map has.
+    ``dropped``: as for a plan, of the map's shape.
     """
 
     on: Tensor
     q_order: Tensor | None = None
     kv_order: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 Rule = Callable[[Tensor, Tensor], Prediction]
@@ -84,7 +86,7 @@ def predicted(
         shape = (1, 1, -(-q.shape[2] // q_block), -(-k.shape[2] // kv_block))
         made = Prediction(torch.ones(shape, dtype=torch.bool, device=q.device))
     q_order, kv_order = q_blocks.order(made.q_order), kv_blocks.order(made.kv_order)
-    return uniform_plan(q_blocks, kv_blocks, made.on, kv_order, q_order)
+    return uniform_plan(q_blocks, kv_blocks, made.on, kv_order, q_order, made.dropped)
 
 
 def uniform_plan(
@@ -93,17 +95,20 @@ def uniform_plan(
     on_BHQK: Tensor,
     kv_order: Tensor | None = None,
     q_order: Tensor | None = None,
+    dropped_BHQK: Tensor | None = None,
 ) -> Plan:
     """The plan of a map over the blocks of video tokens alone, [B|1, H|1, Tq, Tk]; all others are on."""
     tokens = q_blocks.sequence.tokens
+    ends = (*kv_blocks.pinned, *q_blocks.pinned)
     return Plan(
         q_len=tokens,
         kv_len=tokens,
         q_sizes=q_blocks.size,
         kv_sizes=kv_blocks.size,
-        blocks=BlockMap.from_dense(F.pad(on_BHQK, (*kv_blocks.pinned, *q_blocks.pinned), value=True)),
+        blocks=BlockMap.from_dense(F.pad(on_BHQK, ends, value=True)),
         q_order=q_order,
         kv_order=kv_order,
+        dropped=None if dropped_BHQK is None else BlockMap.from_dense(F.pad(dropped_BHQK, ends, value=False)),
     )
 
 

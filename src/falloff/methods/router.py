@@ -45,6 +45,9 @@ class Router(Method):
         object.__setattr__(self, "candidates", tuple(method_of(candidate) for candidate in given))
         if not self.candidates:
             raise ValueError("candidates is empty; name at least one method to choose from")
+        learning = [each.name for each in self.candidates if isinstance(each, Method) and each.learns]
+        if learning:
+            raise ValueError(f"candidates = {', '.join(learning)} have trained parameters; a router takes plans alone")
         if not self.tolerance >= 0.0:
             raise ValueError(f"tolerance = {self.tolerance} is negative; 0.0 takes the least error alone")
         for name, least in (("rows", 1), ("seed", 0)):

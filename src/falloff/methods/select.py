@@ -61,6 +61,16 @@ def topk(score: Tensor, count: int | Tensor) -> Tensor:
     return above | ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True))
 
 
+def union(score: Tensor, count: int | Tensor, share: float | Tensor) -> Tensor:
+    """The ``count`` highest blocks and the smallest set with ``share`` of the softmax's mass together.
+
+    SpargeAttention2's rule (arXiv:2602.13515): a flat row needs its share, a spiky one its count. A row of -inf alone
+    has no mass.
+    """
+    mass = _exact(score).softmax(-1).nan_to_num()
+    return topk(score, count) | mass_ge(mass, share)
+
+
 def near(score: Tensor, margin: float, anchor: Tensor | None = None) -> Tensor:
     """Blocks whose score is at most ``margin`` below the ``anchor`` [..., 1], by default a row's highest score.
 

@@ -4,7 +4,8 @@ Keys are first freed of their mean, K <- K - mean(K). With means p_i of query bl
 
     P_ij = softmax_j(p_i . p_j / sqrt(d)),
 
-and a row keeps its highest blocks by one of three rules. A mean says little about a block of unlike tokens, so that
+and a row keeps its highest blocks by one of four rules, the last of them SpargeAttention2's (arXiv:2602.13515). A mean
+says little about a block of unlike tokens, so that
 every block whose self-similarity
 
     c = mean over its pairs of tokens of cos(x_t, x_u) = |mean_t x_t / |x_t||^2,    0 <= c <= 1,
@@ -29,10 +30,10 @@ from torch import Tensor
 from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.layout import Prediction, check_count, check_share, predicted
 from falloff.methods.pooling import block_means
-from falloff.methods.select import mass_ge, mass_le, topk
+from falloff.methods.select import mass_ge, mass_le, topk, union
 from falloff.plan import Plan
 
-Mode = Literal["topk", "mass_le", "mass_ge"]
+Mode = Literal["topk", "mass_le", "mass_ge", "union"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,10 @@ class SpargeAttn(Method):
 
     mode: "topk" keeps ``keep`` of each row's key blocks, rounded down, at least one; "mass_le" the highest blocks
         whose P together is at most ``keep``, at least one, as the published code; "mass_ge" the fewest blocks whose
-        P together is at least ``keep``.
+        P together is at least ``keep``; "union" what "topk" keeps, and the fewest whose P together is at least
+        ``mass``. Its published shares are not known: those here are ours.
     keep: the share of blocks or of mass, above 0 and at most 1.
+    mass: the share of mass of "union" alone, above 0 and at most 1.
     theta: the self-similarity that a block must exceed to be predicted; below 0 all are. The published code has
         -0.1 with "topk", and 0.6 with "mass_le". Legal: -1 to 1.
     q_block, kv_block: tokens of a block of queries and of keys. A shorter last block is judged by its own tokens.
@@ -55,6 +58,7 @@ class SpargeAttn(Method):
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "mode": Choices(get_args(Mode)),
         "keep": Span(0.05, 0.95),
+        "mass": Span(0.05, 0.95),
         "theta": Span(-0.1, 0.9),
         "q_block": Choices((32, 64, 128)),
         "kv_block": Choices((32, 64, 128)),
@@ -62,6 +66,7 @@ class SpargeAttn(Method):
 
     mode: Mode = "topk"
     keep: float = 0.5
+    mass: float = 0.5
     theta: float = -0.1
     q_block: int = 128
     kv_block: int = 64
@@ -71,6 +76,7 @@ class SpargeAttn(Method):
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode = {self.mode!r} must be one of {', '.join(get_args(Mode))}")
         check_share("keep", self.keep)
+        check_share("mass", self.mass)
         if not -1.0 <= self.theta <= 1.0:
             raise ValueError(f"theta = {self.theta} is outside -1.0 to 1.0")
         check_count("q_block", self.q_block)
@@ -99,8 +105,11 @@ class SpargeAttn(Method):
         return on | unlike_q[..., None] | unlike_k[:, :, None]
 
     def _select(self, scores: Tensor) -> Tensor:
+        count = max(1, int(self.keep * scores.shape[-1]))
         if self.mode == "topk":
-            return topk(scores, max(1, int(self.keep * scores.shape[-1])))
+            return topk(scores, count)
+        if self.mode == "union":
+            return union(scores, count, self.mass)
         mass = scores.softmax(-1).nan_to_num()  # NaN where no key block of the row is predicted
         return mass_le(mass, self.keep) if self.mode == "mass_le" else mass_ge(mass, self.keep)
 

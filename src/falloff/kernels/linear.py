@@ -1,0 +1,121 @@
+"""Linear attention over the blocks of a plan: what SLA (arXiv:2509.24006) adds to its sparse part.
+
+With feature maps X = phi(Q) and Y = phi(K) of c channels that are nowhere negative, block j of the keys is told by
+
+    h_j = Y_j^T V_j  [c, d]        z_j = Y_j^T 1  [c]
+
+and the queries of block i, over a set Z_i of key blocks, are given
+
+    O_i = X_i sum_{j in Z_i} h_j / (X_i sum_{j in Z_i} z_j + eps),
+
+a mean of values whose cost grows with the tokens, not with their square. The sums over Z_i are one product of a
+matrix of zeros and ones with all the states: about c / (2 bq bk) of what dense attention costs, and free of the
+cancellation of totals from which the other blocks are taken. Sums and states are float32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from falloff.kernels.blocks import Blocks, kv_blocks, q_blocks
+from falloff.kernels.groups import Group, groups_within, of_group
+from falloff.kernels.needs import differentiable
+from falloff.plan import Plan
+
+Over = Literal["marginal", "complement", "all"]
+Features = Callable[[Tensor], Tensor]
+"""Queries or keys [..., D] to features [..., c] of at least 0."""
+WORKING_BYTES = 256 << 20
+"""Held at once beside queries, keys, values and results."""
+SMOOTHING = 1e-5
+"""The eps of linear attention over all keys, as in SLA's later code; without effect on a query that keys answer."""
+LEAST = 1e-30
+"""A query whose denominator is no more than this has no key it could be answered by, and is given 0."""
+
+
+class _Seen(NamedTuple):
+    """Which key blocks a query block sums over, bool [B|1, H|1, Tq, Tk], and the blocks themselves."""
+
+    marks: Tensor
+    q: Blocks
+    kv: Blocks
+
+
+def linear_attention(
+    plan: Plan,
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    *,
+    features: Features,
+    over: Over,
+    key_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Out [B, H, Nq, D] and its denominators [B, H, Nq], float32 at least. Differentiable.
+
+    ``over``: the key blocks of Z_i, those that the plan neither computes nor drops ("marginal"), those that it does
+    not compute ("complement"), or "all". ``key_valid`` bool [B, Nk] leaves keys out whatever they hold. A query with
+    an empty Z_i gives 0 and 0. For a gradient states are made again instead of kept.
+    """
+    seen = None if over == "all" else _seen(plan, over)
+    batch, heads, _, head_dim = q_BHND.shape
+    wide = torch.promote_types(q_BHND.dtype, torch.float32)
+    results = []
+    for group in groups_within(batch, heads, _head_bytes(plan, head_dim, wide), WORKING_BYTES):
+        valid = None if key_valid is None else key_valid[group[0]]
+        run = partial(_attention, features, seen, group, valid)
+        tensors = (q_BHND[group], k_BHND[group], v_BHND[group])
+        if differentiable(*tensors):
+            results.append(checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False))
+        else:
+            results.append(run(*tensors))
+    both = torch.cat(results).view(batch, heads, -1, head_dim + 1)
+    return both[..., :head_dim], both[..., head_dim]
+
+
+def _attention(
+    features: Features, seen: _Seen | None, group: Group, valid_N: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Of a few heads: out, and the denominator as one channel more, [H, Nq, D + 1]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if valid_N is not None:  # 0 * NaN would leak otherwise
+        k, v = (x.masked_fill(~valid_N[:, None], 0) for x in (k, v))
+    x, y = features(q), features(k)
+    if valid_N is not None:
+        y = y.masked_fill(~valid_N[:, None], 0)
+    v1 = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    sums = x @ (y.mT @ v1) if seen is None else _over_blocks(seen, group, x, y, v1)
+    values, weight = sums[..., :-1], sums[..., -1:]
+    empty = weight <= LEAST
+    eps = SMOOTHING if seen is None else 0.0
+    out = values.masked_fill(empty, 0) / (weight + eps).masked_fill(empty, 1)
+    return torch.cat([out, weight.masked_fill(empty, 0)], -1)
+
+
+def _over_blocks(seen: _Seen, group: Group, x: Tensor, y: Tensor, v1: Tensor) -> Tensor:
+    """``X_i sum_{j in Z_i} Y_j^T v1_j`` for every query, [H, Nq, D + 1]."""
+    states = seen.kv.split(y, group).mT @ seen.kv.split(v1, group)
+    marks = of_group(seen.marks, group).to(states.dtype)
+    summed = (marks @ states.flatten(2)).view(len(x), -1, *states.shape[2:])
+    return seen.q.join(seen.q.split(x, group) @ summed, group)
+
+
+def _seen(plan: Plan, over: Over) -> _Seen:
+    left_out = plan.blocks.dense()
+    if over == "marginal" and plan.dropped is not None:
+        left_out = left_out | plan.dropped.dense()
+    return _Seen(~left_out, q_blocks(plan), kv_blocks(plan))
+
+
+def _head_bytes(plan: Plan, head_dim: int, dtype: torch.dtype) -> int:
+    """Of one head: its states twice, and about six copies of its tokens."""
+    states = (plan.blocks.shape[2] + plan.blocks.shape[3]) * head_dim
+    tokens = 3 * (plan.q_len + plan.kv_len)
+    return dtype.itemsize * (head_dim + 1) * (states + tokens)

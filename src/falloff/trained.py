@@ -1,0 +1,67 @@
+"""What a method has learned for the layers of a session's models: one small module each, kept outside of the models.
+
+So a model's weights, type and files stay what they were; the parameters follow the device that the model computes on.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from falloff.methods.base import Method
+from falloff.methods.branch import Branch, Layer
+
+
+class Trained:
+    """``modules``: a ``Branch`` by number of the model and of the layer; empty for a method that learns nothing."""
+
+    def __init__(self) -> None:
+        self.modules = nn.ModuleDict()
+        self._device: torch.device | None = None
+        self._gradients = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trained:
+        twin = Trained()
+        twin.modules = copy.deepcopy(self.modules, memo)
+        return twin
+
+    def add(self, method: Method, model: int, layer: int, shape: Layer, device: torch.device) -> Branch:
+        """New parameters for a layer."""
+        layers, branch = self.layers(model), method.branch(shape).to(device)
+        layers[str(layer)] = branch
+        self.modules[str(model)] = layers
+        return branch
+
+    def layers(self, model: int) -> nn.ModuleDict:
+        """The parameters of a model's layers, by their numbers."""
+        layers = self.modules[str(model)] if str(model) in self.modules else nn.ModuleDict()
+        assert isinstance(layers, nn.ModuleDict)
+        return layers
+
+    def of(self, model: int, layer: int) -> Branch | None:
+        """The parameters of a layer, if it has some."""
+        layers = self.layers(model)
+        if str(layer) not in layers:
+            return None
+        branch = layers[str(layer)]
+        assert isinstance(branch, Branch)
+        return branch
+
+    def read_hidden(self, model: int) -> bool:
+        """Whether a model's parameters act on hidden states."""
+        return any(isinstance(branch, Branch) and branch.reads_hidden for branch in self.layers(model).values())
+
+    def begin(self, device: torch.device) -> None:
+        """A forward starts on a device. Moved in place, so that optimizers keep their hold."""
+        self._gradients = torch.is_grad_enabled()
+        if self._device != device:
+            self._device = device
+            self.modules.to(device)
+
+    def awaits_gradient(self, model: int, layer: int) -> bool:
+        """Whether a layer's parameters are to be trained by the forward that runs."""
+        branch = self.of(model, layer)
+        return self._gradients and branch is not None and any(each.requires_grad for each in branch.parameters())
