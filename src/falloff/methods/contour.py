@@ -48,7 +48,7 @@ class Contour(Method):
     density: share of the token pairs of a layer that is computed, above 0 and at most 1; every query sees one cluster
         at least.
     q_tokens, k_tokens: tokens a cluster of queries and of keys on average, of at most 1000 clusters.
-    queries: of every cluster that are looked at.
+    queries: of every cluster that are looked at; what a look costs and what it is worth grow with their share.
     look_every: steps from one look to the next, or their share of all steps when a float.
     first_iterations: k-means iterations of a layer's first look; iterations: of every later one.
     seed: of the tokens that k-means starts from.
@@ -65,9 +65,9 @@ class Contour(Method):
     }
 
     density: float = 0.2
-    q_tokens: int = 64
-    k_tokens: int = 16
-    queries: int = 8
+    q_tokens: int = 128
+    k_tokens: int = 32
+    queries: int = 24
     look_every: int | float = 0.25
     first_iterations: int = 10
     iterations: int = 2
