@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "docs" / "decoding.md", *sorted((ROOT / "docs" / "methods").glob("*.md")))
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -177,6 +177,69 @@ def seam_figures() -> str:
     return table(head, rows) + "\n\n" + source(result, path)
 
 
+def decoding_figures() -> str:
+    """The image miniature: quality and time of each way, then costs and orders; nothing before it was measured."""
+    path = RESULTS / "lpd-cpu.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    parts = [ways_table(result), costs_table(result), orders_table(result)]
+    if result["xl"]:
+        parts.append(xl_table(result["xl"]))
+    return "\n\n".join([*parts, source(result, path, "../")])
+
+
+def ways_table(result: dict[str, Any]) -> str:
+    rows = [
+        [name, "", f"{row['accuracy']:.1%}", f"{row['frechet']:.3f}", "", ""] for name, row in result["limits"].items()
+    ]
+    for name, row in result["ways"].items():
+        alone = result["alone"][name]
+        rows.append(
+            [
+                name,
+                str(row["num_inference_steps"]),
+                f"{row['accuracy']:.1%}",
+                f"{row['frechet']:.3f}",
+                f"{median(alone['seconds']):.2f} s",
+                f"{alone['times_faster']:.1f}x",
+            ]
+        )
+    head = ["miniature", "steps", "read as asked", "Frechet distance", "one picture", "times faster"]
+    pictures = next(iter(result["ways"].values()))["pictures"]
+    return table(head, rows) + f"\n\n{pictures} pictures by each way, read by a classifier of the real scans."
+
+
+def costs_table(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['steps']} steps",
+            f"{row['rows']:,}",
+            f"{row['flops'] / 1e9:.2f} GFLOP",
+            f"{row['cache_bytes'] / 2**20:.1f} MiB",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f} MiB",
+        ]
+        for row in result["costs"]
+    ]
+    return table(["a guided picture", "rows", "computed", "cache", "peak beyond the weights"], rows)
+
+
+def orders_table(result: dict[str, Any]) -> str:
+    rows = [
+        [f"{row['order']}, {row['tokens']:,} tokens in {row['steps']} steps", f"{row['milliseconds']:.1f} ms"]
+        for row in result["orders"]
+    ]
+    return table(["one order", "made in"], rows)
+
+
+def xl_table(xl: dict[str, Any]) -> str:
+    names = ("steps of their own shapes", "compiled")
+    rows = [[name, f"{1e3 * xl[name]['median_seconds']:.0f} ms"] for name in names]
+    call = xl["call"]
+    head = f"size XL, random weights, bfloat16, {call['num_inference_steps']} steps, {xl['machine']['device']}"
+    return table([head, "one picture"], rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "miniature": miniature_figures,
     "quality": quality_figures,
@@ -184,6 +247,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "attention": attention_figures,
     "methods": methods_figures,
     "seam": seam_figures,
+    "decoding": decoding_figures,
 }
 MARKS = re.compile(r"(<!-- figures:(\w+)(?: (\w+))? -->\n).*?(<!-- /figures -->)", re.DOTALL)
 """A place for figures; a second word is what they are of."""

@@ -1,6 +1,8 @@
 """Parallel decoding measured: quality and time of fewer steps on the image miniature, orders, costs, attention.
 
-python benchmarks/lpd.py WORK/checkpoint --output benchmarks/results/lpd-cpu.json
+python benchmarks/lpd.py --output benchmarks/results/lpd-cpu.json
+
+Where there is a GPU, the latency of a random model of the published size XL is measured there besides.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ import argparse
 import dataclasses
 import json
 import sys
-import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,14 +23,61 @@ from falloff.decoding.diagnostics import attention_by_distance, cost
 from falloff.decoding.order import ORDER_NAMES, Locality, make_orders
 from falloff.decoding.pipeline import LPDPipeline
 from falloff.decoding.sizes import group_sizes
+from falloff.decoding.tokenizer import VQTokenizer
+from falloff.decoding.transformer import SIZES, LPDTransformer
 from falloff.evaluation import files
 from falloff.evaluation.machine import PeakMemory, describe, versions
+from falloff.miniature import images
 from falloff.miniature.digits import held_out_scans
 from falloff.miniature.images.measure import WAYS, Judge, compare, limits
 from falloff.miniature.images.pictures import pictures
 
 GRIDS = ((16, 20, 2), (16, 32, 2), (32, 48, 4))
 """Side in tokens, steps, repulsion: as published."""
+
+
+XL_CALL: dict[str, Any] = {"class_labels": 0, "num_inference_steps": 20, "guidance_scale": 4.9, "output_type": "pt"}
+"""As published for 256 x 256 px."""
+
+
+def alone(pipe: LPDPipeline, ways: Mapping[str, Mapping[str, Any]], repeats: int = 5) -> dict[str, dict[str, Any]]:
+    """Seconds of one picture alone in its batch, the ways in turn; and how many times faster than the first way."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    pipe(0, num_inference_steps=2)
+    for number in range(repeats):
+        for name, arguments in ways.items():
+            generator = torch.Generator().manual_seed(number)
+            began = time.perf_counter()
+            pipe(number % 10, generator=generator, output_type="pt", **arguments)
+            seconds[name].append(time.perf_counter() - began)
+    first = next(iter(seconds.values()))
+    return {
+        name: {"seconds": each, "times_faster": median(a / b for a, b in zip(first, each, strict=True))}
+        for name, each in seconds.items()
+    }
+
+
+def latency_of_xl(repeats: int = 20) -> dict[str, Any] | None:
+    """Seconds of one picture by a random model of size XL in bfloat16; ``None`` without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    with torch.device("cuda"):
+        pipe = LPDPipeline(LPDTransformer(**SIZES["XL"]).bfloat16().eval(), VQTokenizer().eval())
+    pipe.set_progress_bar_config(disable=True)
+    found: dict[str, Any] = {"machine": describe(torch.device("cuda")), "call": XL_CALL}
+    for name in ("steps of their own shapes", "compiled"):
+        if name == "compiled":
+            pipe.compile_decoding(mode="reduce-overhead")
+        memory, seconds = PeakMemory(torch.device("cuda")), []
+        for number in range(3 + repeats):
+            generator = torch.Generator("cuda").manual_seed(number)
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            pipe(generator=generator, **XL_CALL)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        found[name] = {"median_seconds": median(seconds[3:]), "seconds": seconds[3:], "peak_bytes": memory.read()}
+    return found
 
 
 def order_times(repeats: int = 30) -> list[dict[str, Any]]:
@@ -62,9 +111,9 @@ def costs(pipe: LPDPipeline) -> list[dict[str, Any]]:
 
 def attention(pipe: LPDPipeline, count: int = 16) -> list[list[float | None]]:
     """Attention to one token by distance, for each layer, on held-out pictures."""
-    images, labels = pictures(held_out_scans)
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-    tokens = pipe.vae.encode(images[chosen]).flatten(1)
+    scans, labels = pictures(held_out_scans)
+    chosen = torch.randperm(len(scans), generator=torch.Generator().manual_seed(0))[:count]
+    tokens = pipe.vae.encode(scans[chosen]).flatten(1)
     orders = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)).argsort(dim=1)
     sizes = group_sizes(pipe.transformer.tokens, pipe.transformer.tokens)
     found = attention_by_distance(pipe.transformer, tokens, labels[chosen], orders, sizes)
@@ -73,15 +122,20 @@ def attention(pipe: LPDPipeline, count: int = 16) -> list[list[float | None]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="folder made by python -m falloff.miniature.images")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        default=images.path(),
+        help="folder made by python -m falloff.miniature.images; the shipped one by default",
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--samples", type=int, default=500, help="pictures for each way")
     parser.add_argument("--guidance", type=float, nargs="+", default=[2.0], help="scales; every way is run at each")
     arguments = parser.parse_args()
     pipe = LPDPipeline.from_pretrained(arguments.checkpoint, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    with tempfile.TemporaryDirectory() as folder:
-        judge = Judge(Path(folder) / "judge.pt")
+    judge = Judge()
     ways = {
         f"{name}, guidance {scale:g}": {**way, "guidance_scale": scale}
         for scale in arguments.guidance
@@ -93,13 +147,15 @@ def main() -> None:
         "versions": versions(),
         "limits": limits(judge, pipe.vae),
         "ways": compare(pipe, judge, ways, arguments.samples),
+        "alone": alone(pipe, ways),
         "orders": order_times(),
         "costs": costs(pipe),
         "attention_by_distance": attention(pipe),
+        "xl": latency_of_xl(),
     }
     for name, row in {**result["limits"], **result["ways"]}.items():
-        taken = row.get("seconds_per_batch")
-        print(f"{name:<36} accuracy {row['accuracy']:.3f}  Frechet {row['frechet']:.4f}  {taken or 0:.2f} s a batch")
+        distance = "-" if row["frechet"] is None else f"{row['frechet']:.4f}"
+        print(f"{name:<36} accuracy {row['accuracy']:.3f}  Frechet {distance}")
     files.write(arguments.output, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 

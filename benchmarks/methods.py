@@ -2,6 +2,9 @@
 
     python benchmarks/methods.py --frames 65 --density 0.25 --output benchmarks/results/methods-miniature-065.json
 
+Every video is kept in a folder beside the output (delete it when all is done): run the same command again after an
+interruption, or with more --prompts, and it goes on. For the figures of the prompts done so far, ask for no more.
+
 Each method's setting is the one of a ladder whose density, measured on the model's own queries and keys in one dense
 run, is nearest to the one asked for. Pictures of the maps go to docs/pictures.
 """
@@ -28,9 +31,11 @@ from falloff.evaluation import figures, files
 from falloff.evaluation.charts import block_map_png
 from falloff.evaluation.compare import compare
 from falloff.evaluation.generate import generate
+from falloff.evaluation.kept import Kept
 from falloff.evaluation.probe import Probe
 from falloff.evaluation.recall import RecallObserver
 from falloff.methods import Method
+from falloff.miniature.digits import held_out_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "pictures"
@@ -84,30 +89,42 @@ def nearest(pipe: Any, call: dict[str, Any], density: float) -> list[Method]:
     return [min(ladder, key=distance) for ladder in steps.values()]
 
 
+def prompts(count: int) -> list[str]:
+    """The default ones first, then some that the miniature has not seen in training."""
+    others = held_out_prompts(max(1, count)) if count > len(PROMPTS) else []
+    return [*dict.fromkeys([*PROMPTS, *others])][:count]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=65)
     parser.add_argument("--density", type=float, default=0.25)
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="of the default ones, from the first")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="the default ones, then others held out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--pictures", action="store_true", help="draw the maps anew")
     given = parser.parse_args()
+    if given.prompts < 1:
+        parser.error(f"--prompts {given.prompts} must be at least 1")
+    files.check_writable(given.output.parent)
+    kept = given.output.with_suffix(".kept")
     torch.set_num_threads(given.threads)
     checkpoint = find(None)
     call = {**checkpoint.defaults, "num_frames": given.frames}
     with pipeline.quiet():
         pipe = pipeline.load(checkpoint)
-        methods = nearest(pipe, call, given.density)
+        settings = repr((given.density, sorted(call.items()), ladders()))
+        methods = Kept(kept).once(settings, lambda: nearest(pipe, call, given.density))
         for method in methods:
             print(method, flush=True)
         found = compare(
             pipe,
-            PROMPTS[: given.prompts],
+            prompts(given.prompts),
             methods,
             schedule=SCHEDULE,
             progress=lambda now: print(now.doing, flush=True) if now.done % 12 == 0 else None,
             fps=checkpoint.fps,
+            kept=kept,
             **call,
         )
     values = found.to_dict() | {

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ def test_a_file_gives_back_the_recipe(tmp_path: Path) -> None:
     RECIPE.save(tmp_path / "recipe.yaml")
     assert Recipe.load(tmp_path / "recipe.yaml") == RECIPE
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_learned_parameters_move_with_the_recipe(tmp_path: Path) -> None:
+    learned = dataclasses.replace(RECIPE, branches=str(tmp_path / "branches.safetensors"))
+    learned.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == learned
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "recipe.yaml").rename(moved / "recipe.yaml")
+    found = Recipe.load(moved / "recipe.yaml")
+    assert found.branches == str(moved / "branches.safetensors")
+    model = transformer()
+    with pytest.raises(falloff.api.BranchError):  # radial learns nothing
+        falloff.enable(model, dataclasses.replace(found, kernel="auto"))
+    with pytest.raises(falloff.api.NotEnabledError):
+        falloff.report(model)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         VSA,
         AdaSpa,
         Anchor,
+        ByLayer,
         Contour,
         Full,
         Hyper,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         Router,
         SlidingTile,
         SpargeAttn,
+        TileWindows,
         XAttention,
     )
     from falloff.methods.presets import PRESETS, preset
@@ -61,6 +63,7 @@ __all__ = [
     "AdaSpa",
     "Anchor",
     "BlockMap",
+    "ByLayer",
     "Contour",
     "Full",
     "Goal",
@@ -77,6 +80,7 @@ __all__ = [
     "Sequence",
     "SlidingTile",
     "SpargeAttn",
+    "TileWindows",
     "XAttention",
     "attention",
     "branches",
@@ -114,6 +118,7 @@ _HOME = {
     "falloff.methods": (
         "AdaSpa",
         "Anchor",
+        "ByLayer",
         "Contour",
         "Full",
         "Hyper",
@@ -127,6 +132,7 @@ _HOME = {
         "SVG2",
         "SlidingTile",
         "SpargeAttn",
+        "TileWindows",
         "VSA",
         "XAttention",
     ),

@@ -67,12 +67,14 @@ def enable(
     attached.
 
     Raises ``AlreadyEnabledError`` when a method is attached already, unless ``replace`` is set,
-    ``UnsupportedModelError`` for models of no known family, ``RecipeError`` for another model's recipe, and
+    ``UnsupportedModelError`` for models of no known family, ``RecipeError`` for another model's recipe,
+    ``BranchError`` and ``OSError`` for a recipe whose learned parameters cannot be read, and
     ``ValueError`` for unknown methods and kernels, and for a method that leaves out pairs of frames on a model of
     images.
     """
     models = _models(pipe)
     hosts = [host_for(model) for model in models]
+    learned = method.branches if isinstance(method, Recipe) else None
     if isinstance(method, Recipe):
         check_recipe(pipe, method)
         schedule = schedule or method.schedule
@@ -94,6 +96,12 @@ def enable(
         diffusers.detach(attachment)
     session = Session(method, schedule=schedule or method.schedule, kernel=kernel, timing=timing)
     diffusers.attach(models, hosts, session, pipe if _is_pipeline(pipe) else None)
+    if learned is not None:
+        try:
+            load_branches(pipe, learned)
+        except BaseException:
+            disable(pipe)
+            raise
     return pipe
 
 

@@ -122,6 +122,9 @@ class Plan:
     A ``partial`` plan (one branch of a merge) may have queries that see nothing: they give 0 and LSE -inf.
     With ``summary`` a block that a query does not see still answers it, as one key and value: the means over its m
     tokens, at their logit plus log(m). Those pairs do not count as computed.
+    ``skip``: leave blocks out while computing, by the rule of ``falloff.kernels.skip``, whose weights would all be
+    below 2^-skip of the largest so far; at least 0, ``None`` leaves out nothing. Forward only. Which blocks go is not
+    known before, so that they count as computed.
     ``dropped``: of the blocks that are not computed, those that a method's own branch leaves out too; kernels never
     look at it.
 
@@ -137,9 +140,11 @@ class Plan:
     kv_order: Tensor | None = None
     partial: bool = False
     summary: bool = False
+    skip: float | None = None
     dropped: BlockMap | None = None
 
     def __post_init__(self) -> None:
+        _check_skip(self.skip, self.summary)
         batch, heads, q_blocks, kv_blocks = self.blocks.shape
         for side, length, sizes, order, count in (
             ("q", self.q_len, self.q_sizes, self.q_order, q_blocks),
@@ -209,6 +214,8 @@ class Plan:
             raise PlanError("only uniform blocks can be refined")
         if self.summary:
             raise PlanError("smaller blocks have other means; a plan with a summary cannot be refined")
+        if self.skip is not None:
+            raise PlanError("smaller blocks are left out more often; a plan with skip cannot be refined")
         if self.dropped is not None:
             raise PlanError("a plan with dropped blocks is one method's own and cannot be refined")
         if self.q_sizes % size or self.kv_sizes % size:
@@ -274,6 +281,15 @@ def _block_of(sizes_BHT: Tensor, order: Tensor | None, length: int, lead: tuple[
     if order is None:
         return block
     return torch.empty_like(block).scatter_(-1, order.expand_as(block), block)
+
+
+def _check_skip(skip: float | None, summary: bool) -> None:
+    if skip is None:
+        return
+    if not skip >= 0:
+        raise PlanError(f"skip must be at least 0 bits, or None to leave nothing out, got {skip}")
+    if summary:
+        raise PlanError("blocks left out on the way have no summary; set either skip or summary")
 
 
 def _check_sizes(side: str, length: int, sizes: Sizes, count: int, lead: tuple[int, int]) -> None:

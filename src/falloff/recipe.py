@@ -15,6 +15,7 @@ from falloff.schedule import Schedule
 FORMAT = 1
 """Raised when a file of this version can no longer be read by falloff before it."""
 _REQUIRED = ("falloff", "model", "layers", "method", "settings", "schedule")
+_OPTIONAL = ("kernel", "evidence", "branches")
 
 
 class RecipeError(ValueError):
@@ -26,7 +27,8 @@ class Recipe:
     """``enable(pipe, Recipe.load("wan.yaml"))``.
 
     model, layers: the transformer's class name and its number of self-attention layers; a recipe is for no other,
-    because a schedule names layers. evidence: plain values, what was measured and how.
+    because a schedule names layers. evidence: plain values, what was measured and how. branches: the file of what the
+    method has learned, by ``falloff.save_branches``; a recipe's file names one beside it by its name alone.
     """
 
     model: str
@@ -35,6 +37,7 @@ class Recipe:
     schedule: Schedule
     kernel: str = "auto"
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    branches: str | None = None
 
     def check(self, model: str, layers: int) -> None:
         """Raise ``RecipeError`` unless the recipe is for such a transformer."""
@@ -46,6 +49,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; ``from_dict`` reads them back."""
+        learned = {"branches": self.branches} if self.branches is not None else {}
         return {
             "falloff": FORMAT,
             "model": self.model,
@@ -55,6 +59,7 @@ class Recipe:
             "schedule": _plain(dataclasses.asdict(self.schedule)),
             "kernel": self.kernel,
             "evidence": _plain(dict(self.evidence)),
+            **learned,
         }
 
     @staticmethod
@@ -65,7 +70,7 @@ class Recipe:
         _check_format(values)
         if missing := [name for name in _REQUIRED if name not in values]:
             raise RecipeError(f"a recipe needs {', '.join(missing)}")
-        if unknown := [name for name in values if name not in (*_REQUIRED, "kernel", "evidence")]:
+        if unknown := [name for name in values if name not in (*_REQUIRED, *_OPTIONAL)]:
             raise RecipeError(f"a recipe has no {', '.join(map(str, unknown))}")
         try:
             return Recipe(
@@ -75,6 +80,7 @@ class Recipe:
                 schedule=Schedule(**_tuples(values["schedule"])),
                 kernel=str(values.get("kernel", "auto")),
                 evidence=dict(values.get("evidence") or {}),
+                branches=str(values["branches"]) if values.get("branches") is not None else None,
             )
         except (TypeError, ValueError) as error:
             raise RecipeError(f"the recipe cannot be used: {error}") from error
@@ -83,9 +89,11 @@ class Recipe:
         """Write the YAML file, beside its place first. Raises ``OSError``."""
         import yaml
 
-        path = Path(path)
+        path, values = Path(path), self.to_dict()
+        if self.branches is not None and Path(self.branches).parent.resolve() == path.parent.resolve():
+            values["branches"] = Path(self.branches).name
         beside = path.with_name(path.name + ".part")
-        beside.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        beside.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
         beside.replace(path)
 
     @staticmethod
@@ -94,11 +102,14 @@ class Recipe:
         import yaml
 
         try:
-            return Recipe.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+            recipe = Recipe.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from error
+        if recipe.branches is None:
+            return recipe
+        return dataclasses.replace(recipe, branches=str(Path(path).parent / recipe.branches))
 
 
 def _check_format(values: Mapping[str, Any]) -> None:

@@ -141,6 +141,18 @@ class Session:
         if self.timing:
             self._forwards.append(Stopwatch(device))
 
+    def replan(self, method: Method) -> None:
+        """Plan by other settings of the same method from now on."""
+        if type(method) is not type(self.method):
+            raise TypeError(f"the session is of {self.method.name}, not of {method.name}")
+        if method != self.method:
+            self.method = method
+            self._plans.clear()
+
+    def forget(self) -> None:
+        """Drop what the method has kept for later calls of the run."""
+        self._states.clear()
+
     def end(self) -> None:
         """The root forward is over. Raises ``OutputError`` when a layer put out what attention cannot."""
         if self._forwards:
@@ -292,7 +304,7 @@ class Session:
         return extended.transpose(1, 2)
 
     def _leaves_nothing_out(self, plan: Plan) -> bool:
-        return self.kernel == "auto" and plan.density == 1
+        return self.kernel == "auto" and plan.density == 1 and plan.skip is None
 
     def _sequence(
         self, seat: Seat, grid: Grid | None, q_BSHD: Tensor, k_BSHD: Tensor, mask: Tensor | None

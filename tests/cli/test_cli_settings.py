@@ -1,7 +1,10 @@
 from pathlib import Path
 
+import pytest
+
 from falloff import Radial, Recipe, Schedule
 from falloff.cli import settings
+from falloff.cli.errors import CommandError
 from falloff.methods import Full
 
 
@@ -18,6 +21,13 @@ def test_each_method_has_settings_of_its_own() -> None:
     assert full.method == Full()
     assert changed.method == Radial(block=32, decay=0.5)
     assert changed.schedule == Schedule(dense_first=2, dense_layers=(0, 1))
+
+
+def test_a_number_or_none() -> None:
+    chosen = settings.choose_all(["sparge(skip=12)", "sparge(skip=None)", "sparge"], [])
+    assert [choice.method.settings()["skip"] for choice in chosen] == [12.0, None, None]
+    with pytest.raises(CommandError, match="skip = 'some' must be a number or none"):
+        settings.choose("sparge", ["skip=some"])
 
 
 def test_a_recipe_is_read_and_amended(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from decoders import CLASSES, HEIGHT, SIZES, TOKENS, VOCABULARY, WIDTH, model, orders, sample, seed, teacher_forced
 
-from falloff.decoding.decode import UNKNOWN, Cache, decode, step
+from falloff.decoding.cache import Cache
 from falloff.decoding.order import make_orders
 from falloff.decoding.sampling import Guidance, Sampler
+from falloff.decoding.steps import UNKNOWN, decode, step
 from falloff.decoding.transformer import NO_CLASS, LPDTransformer
 
 GREEDY = Sampler(temperature=0)
@@ -59,6 +60,44 @@ def test_queries_never_enter_the_cache() -> None:
 
     cached(decoder, tokens, labels, places, watch=watch)
     assert filled == [1, 2, 4, 7, 11]
+
+
+@torch.no_grad()
+def test_overwriting_queries_in_the_cache_gives_the_same_logits() -> None:
+    """As the published code has it: queries are written to the slots that their group's tokens will take."""
+    decoder, places = model(), orders(2)
+    tokens, labels = sample(2)
+    placed, cache, before, start, found = tokens.gather(1, places), Cache(decoder, 2, labels.device), 0, 0, []
+    for number, size in enumerate(SIZES):
+        end, new = start + size, start - before + (number == 0)
+        first = 0 if number == 0 else 1 + before
+        context = torch.arange(new + size) < new
+
+        def attend(
+            layer: int,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            slots: slice = slice(first, first + new + size),
+            seen: int = first + new,
+            context: torch.Tensor = context,
+        ) -> torch.Tensor:
+            cache.keys[layer, :, :, slots], cache.values[layer, :, :, slots] = k, v
+            visible = ~context[:, None] | (torch.arange(slots.stop) < seen)
+            keys, values = (part[layer, :, :, : slots.stop] for part in (cache.keys, cache.values))
+            return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
+
+        found.append(
+            decoder(
+                labels if not number else None,
+                placed[:, before:start],
+                places[:, before:start],
+                places[:, start:end],
+                attend,
+            )
+        )
+        before, start = start, end
+    torch.testing.assert_close(torch.cat(found, dim=1), cached(decoder, tokens, labels, places), **EXACT)
 
 
 @torch.no_grad()
@@ -116,6 +155,27 @@ def test_queries_of_a_group_see_one_another() -> None:
     assert (alone[:, 1] - together[:, 1]).abs().max() > 1e-6
 
 
+@torch.no_grad()
+def test_queries_of_other_groups_change_nothing() -> None:
+    decoder, places = model(), orders(1)
+    tokens, labels = sample(1)
+    expected = teacher_forced(decoder, tokens, labels, places)
+    placed = decoder._placed
+
+    def noisy(rows: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = placed(rows, cells)
+        if rows is decoder.mask_token:  # queries: all but those of the fourth group, places 6 to 9
+            out = out.clone()
+            others = torch.cat([torch.arange(6), torch.arange(10, TOKENS)])
+            out[:, others] += torch.randn(1, TOKENS - 4, 32, generator=seed(0), dtype=out.dtype)
+        return out
+
+    decoder._placed = noisy
+    found = teacher_forced(decoder, tokens, labels, places)
+    assert torch.equal(found[:, 6:10], expected[:, 6:10])
+    assert (found[:, :6] != expected[:, :6]).any()
+
+
 def test_each_place_is_put_where_its_order_says() -> None:
     """A model that answers with the cell it is asked for draws the grid's numbers, whatever the order."""
 
@@ -126,6 +186,34 @@ def test_each_place_is_put_where_its_order_says() -> None:
     echo = Echo(width=8, layers=1, heads=2, grid_height=HEIGHT, grid_width=WIDTH, vocabulary=TOKENS, classes=CLASSES)
     drawn = decode(echo, torch.tensor([0, 1, 2]), orders(3), SIZES, sampler=GREEDY)
     assert torch.equal(drawn, torch.arange(TOKENS).expand(3, -1))
+
+
+def test_tokens_of_a_group_are_drawn_independently() -> None:
+    """What parallel decoding cannot know: of two equal tokens a group of both gets every pair, even by the ideal model,
+    and groups of one get equal pairs only.
+    """
+
+    class Equal(LPDTransformer):
+        """Cell 0 is 0; cells 1 and 2 are both 0 or both 1."""
+
+        def forward(self, labels_B, tokens_BP, cells_BP, asked_BG, attend):  # type: ignore[no-untyped-def]  # as the module has it
+            logits = torch.zeros(*asked_BG.shape, 2)
+            logits[asked_BG == 0] = torch.tensor([0.0, -torch.inf])
+            for image, (tokens, cells) in enumerate(zip(tokens_BP, cells_BP, strict=True)):
+                for token in tokens[cells > 0]:
+                    logits[image] = torch.where(torch.arange(2) == token, 0.0, -torch.inf)
+            return logits
+
+    ideal = Equal(width=8, layers=1, heads=2, grid_height=1, grid_width=3, vocabulary=2, classes=1)
+    labels, in_order = torch.zeros(800, dtype=torch.int64), torch.arange(3).expand(800, -1)
+    pairs = {}
+    for sizes in ((1, 1, 1), (1, 2)):
+        drawn = decode(ideal, labels, in_order, sizes, generator=seed(0))
+        assert not drawn[:, 0].any()
+        pairs[sizes] = torch.bincount(2 * drawn[:, 1] + drawn[:, 2], minlength=4) / 800
+    assert pairs[1, 1, 1][1:3].tolist() == [0, 0]
+    assert pairs[1, 1, 1][[0, 3]].tolist() == pytest.approx([0.5, 0.5], abs=0.05)
+    assert pairs[1, 2].tolist() == pytest.approx([0.25] * 4, abs=0.05)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])

@@ -9,18 +9,32 @@ from falloff.decoding.sizes import group_sizes
 
 
 @pytest.mark.parametrize(
-    ("tokens", "steps", "pairs"),
+    ("tokens", "steps", "rows", "pairs"),
     [
-        (256, 256, 66048),
-        (256, 32, 65455),
-        (256, 20, 64969),
-        (256, 8, 63551),
-        (1024, 48, 1042733),
-        (1024, 1024, 1050624),
+        (256, 256, 512, 66048),
+        (256, 32, 501, 65455),
+        (256, 20, 493, 64969),
+        (256, 8, 463, 63551),
+        (1024, 48, 2015, 1042733),
+        (1024, 1024, 2048, 1050624),
     ],
 )
-def test_pairs_of_published_groups(tokens: int, steps: int, pairs: int) -> None:
-    assert visible_pairs(group_sizes(tokens, steps)) == pairs
+def test_rows_and_pairs_of_published_groups(tokens: int, steps: int, rows: int, pairs: int) -> None:
+    sizes = group_sizes(tokens, steps)
+    assert 2 * tokens + 1 - sizes[-1] == rows
+    assert visible_pairs(sizes) == pairs
+
+
+def test_every_query_sees_what_was_before_and_its_group() -> None:
+    sizes = group_sizes(256, 20)
+    seen = dense_mask(group_ids([sizes], 256), 257)[0, 0, 257:].sum(dim=1).tolist()
+    before = [1 + sum(sizes[:k]) for k in range(len(sizes))]
+    assert seen == [end + size for end, size in zip(before, sizes, strict=True) for _ in range(size)]
+
+
+def test_groups_of_one_make_the_context_causal() -> None:
+    mask = dense_mask(group_ids([(1,) * 9], 9), 10)[0, 0]
+    assert torch.equal(mask[:10, :10], torch.ones(10, 10, dtype=torch.bool).tril())
 
 
 def test_mask_holds_the_counted_pairs() -> None:

@@ -4,10 +4,11 @@ from decoders import HEIGHT, SIZES, TOKENS, WIDTH, model, orders, sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from falloff.decoding.decode import Cache, decode
-from falloff.decoding.diagnostics import attention_by_distance, cost
+from falloff.decoding.cache import Cache
+from falloff.decoding.diagnostics import attention_by_distance, cost, even_attention_by_distance
 from falloff.decoding.sampling import Guidance
 from falloff.decoding.sizes import group_sizes
+from falloff.decoding.steps import decode
 from falloff.decoding.transformer import LPDTransformer
 
 
@@ -45,6 +46,8 @@ def test_attention_by_distance_is_the_mean_of_the_pairs() -> None:
             block.attn.qkv.weight[:64] = 0  # no content: every visible row gets the same share
             block.attn.qkv.bias[:64] = 0
     found = attention_by_distance(made, tokens, labels, places, SIZES)
+    even = even_attention_by_distance(places, SIZES, WIDTH)
+    torch.testing.assert_close(found[0], even.to(found.dtype), equal_nan=True, rtol=1e-6, atol=0)
     assert found.shape[0] == 2
     assert found[:, 0].isnan().all()
     shares = torch.tensor([1 / (1 + start + size) for start, size in zip((0, 1, 3, 6, 10), SIZES, strict=True)])

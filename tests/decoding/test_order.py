@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falloff.decoding.order import ORDER_NAMES, Locality, OrderName, make_orders
-from falloff.decoding.sizes import cosine_sizes, group_sizes
+from falloff.decoding.sizes import PUBLISHED, cosine_sizes, group_sizes
+
+ALL_NEAR = Locality(proximity=1.0, repulsion=0)
 
 
 def seed(number: int) -> torch.Generator:
@@ -56,6 +58,14 @@ def test_every_order_names_each_cell_once_and_known_cells_first(data: st.DataObj
         assert torch.equal(orders.sort(dim=1).values, torch.arange(height * width).expand(2, -1))
         given_cells = known.flatten().nonzero()[:, 0]
         assert torch.equal(orders[:, : len(given_cells)].sort(dim=1).values, given_cells.expand(2, -1))
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [*PUBLISHED, (256, 64), (1024, 256)])
+def test_every_published_table_makes_whole_orders(tokens: int, steps: int) -> None:
+    side = round(tokens**0.5)
+    for name in ("locality", "planned"):
+        order = make_orders(name, side, side, group_sizes(tokens, steps), 1, seed(steps))[0]
+        assert torch.equal(order.sort().values, torch.arange(tokens))
 
 
 def test_a_generator_gives_the_same_orders_and_distinct_ones() -> None:
@@ -120,6 +130,39 @@ def test_a_group_is_supported_and_apart_until_it_is_filled_up() -> None:
             distance = np.linalg.norm(cells[start:end, None] - cells[None, :start], axis=2)
             support = np.where(distance < 1.5, 1 / distance, 0).sum(axis=1)
             assert (support >= 1 - 1e-9).all()
+
+
+def known_corner(*cells: tuple[int, int]) -> torch.Tensor:
+    known = torch.zeros(6, 6, dtype=torch.bool)
+    for cell in cells:
+        known[cell] = True
+    return known
+
+
+def test_proximity_of_one_is_an_edge_or_two_corners() -> None:
+    """Cell (2, 1) has the two known ones at its corners, all others near have one corner or an edge."""
+    known = known_corner((1, 0), (1, 2))
+    edges = {(0, 0), (2, 0), (1, 1), (0, 2), (2, 2), (1, 3)}
+    taken = set()
+    for number in range(60):
+        order = make_orders("locality", 6, 6, (1, 1, 1, 33), 1, seed(number), known_HW=known)[0]
+        taken.add(tuple(divmod(int(order[2]), 6)))
+    assert taken == {(1, 1)}  # two edges weigh most
+    taken.clear()
+    for number in range(60):
+        both = known.clone()
+        both[1, 1] = True
+        order = make_orders("locality", 6, 6, (1, 1, 1, 5, 28), 1, seed(number), known_HW=both, locality=ALL_NEAR)[0]
+        taken |= {divmod(int(cell), 6) for cell in order[3:8]}
+    assert {(0, 1), (2, 1)} <= taken <= edges | {(0, 1), (2, 1)}
+
+
+def test_no_repulsion_takes_the_best_supported_whoever_is_near() -> None:
+    known = known_corner((0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (0, 5))
+    for number in range(10):
+        order = make_orders("locality", 6, 6, (1, 5, 6, 24), 1, seed(number), known_HW=known, locality=ALL_NEAR)[0]
+        # the row below in full: its inner cells have three known neighbours, its ends two
+        assert sorted(order[6:12].tolist()) == list(range(6, 12))
 
 
 def test_unreachable_proximity_is_pure_farthest_point_sampling() -> None:

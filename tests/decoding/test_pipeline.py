@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decoders import HEIGHT, TOKENS, WIDTH, model, seed, tokenizer
+from decoders import HEIGHT, SIZES, TOKENS, WIDTH, model, orders, seed, tokenizer
 from PIL import Image
 
-from falloff.decoding import Locality, LPDPipeline
+from falloff.decoding import Locality, LPDPipeline, Sampler, decode
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,27 @@ def test_changes_an_image_where_masked(pipe: LPDPipeline) -> None:
     assert len(steps) == 2  # sizes 1 2 3 4 5; nine tokens are known
 
 
+def test_a_picture_is_drawn_around_a_known_part(pipe: LPDPipeline) -> None:
+    """Outpainting: the middle stays, whatever the class; what is drawn around it depends on the class."""
+    mask = torch.ones(4 * HEIGHT, 4 * WIDTH, dtype=torch.bool)
+    mask[4:8, 4:16] = False  # tokens (1, 1) to (1, 3)
+    codes = pipe.vae.encode(picture()[None] * 2 - 1)[0]
+    given = {"image": picture()[None], "mask": mask, "top_k": 1}
+    drawn = [pipe(label, 5, generator=seed(0), output_type="latent", **given).images[0] for label in (0, 3)]
+    for each in drawn:
+        assert torch.equal(each[1, 1:4], codes[1, 1:4])
+    assert not torch.equal(*drawn)
+    images = pipe(3, 5, generator=seed(0), output_type="pt", **given).images
+    torch.testing.assert_close(images, (pipe.vae.decode(drawn[1][None]).clamp(-1, 1) + 1) / 2)
+
+
+def test_draws_in_given_orders(pipe: LPDPipeline) -> None:
+    places = orders(2)
+    drawn = pipe([0, 3], 5, order=places, guidance_scale=1.0, top_k=1, output_type="latent").images
+    expected = decode(pipe.transformer, torch.tensor([0, 3]), places, SIZES, sampler=Sampler(temperature=0))
+    assert torch.equal(drawn.flatten(1), expected)
+
+
 def test_takes_pictures_and_masks_of_any_kind(pipe: LPDPipeline) -> None:
     as_bytes = (picture().permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     mask = np.zeros((4 * HEIGHT, 4 * WIDTH), dtype=np.uint8)
@@ -119,6 +140,7 @@ def test_takes_pictures_and_masks_of_any_kind(pipe: LPDPipeline) -> None:
         ({"class_labels": 0, "sizes": (1, 13)}, "decodes 15 tokens, the group sizes sum to 14"),
         ({"class_labels": 0, "sizes": (3, 12)}, "first group is one token"),
         ({"class_labels": 0, "guidance_scale": -1.0}, "guidance scale = -1.0 is negative"),
+        ({"class_labels": 0, "order": torch.zeros(2, 15)}, r"need orders \[1, 15\], got \[2, 15\]"),
         ({"class_labels": 0, "order": "spiral"}, "unknown decoding order 'spiral'"),
         ({"class_labels": [0, 1], "generator": [seed(0)]}, "2 labels need as many generators or a single one, got 1"),
         ({"class_labels": 0, "image": picture()[None]}, "both image and mask"),
@@ -160,3 +182,11 @@ def test_offloaded_parts_are_brought_back_before_they_run() -> None:
 def test_parts_of_other_codebooks_are_refused() -> None:
     with pytest.raises(ValueError, match="knows 11 tokens and the tokenizer 12 codes"):
         LPDPipeline(model(), tokenizer(codes=12))
+
+
+def test_names_of_the_package_are_what_they_say() -> None:
+    """A module of the same name would stand before a function as soon as it is imported."""
+    import falloff.decoding
+
+    for name in falloff.decoding.__all__:
+        assert callable(getattr(falloff.decoding, name)), name

@@ -18,6 +18,12 @@ def test_the_rule_gives_these_published_lists(tokens: int, steps: int) -> None:
     assert cosine_sizes(tokens, steps) == PUBLISHED[tokens, steps]
 
 
+def test_published_sizes_are_the_cosine_rounded() -> None:
+    exact = [0.79, 2.36, 3.92, 5.45, 6.95, 8.41, 9.81, 11.15, 12.43, 13.63]
+    exact += [14.74, 15.77, 16.70, 17.53, 18.25, 18.86, 19.36, 19.73, 19.98, 20.10]
+    assert group_sizes(256, 20) == tuple(map(round, exact))
+
+
 def test_the_rule_on_64_tokens() -> None:
     assert cosine_sizes(64, 5) == (1, 10, 15, 18, 20)
 

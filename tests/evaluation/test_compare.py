@@ -169,3 +169,38 @@ def test_ceiling_is_amdahls_law(share: float, density: float, ceiling: float) ->
 def test_ceiling_takes_shares_only() -> None:
     with pytest.raises(ValueError, match=r"share = 1.5 is outside 0.0 to 1.0"):
         attention_ceiling(1.5)
+
+
+def test_an_interrupted_comparison_goes_on(pipe: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    stop_after = 5
+
+    def counted(pipe: Any, prompt: str, **given: Any) -> Any:
+        if given["call_arguments"] == SIZE:  # no short run before
+            if len(runs) == stop_after:
+                raise KeyboardInterrupt
+            runs.append(prompt)
+        return generate(pipe, prompt, **given)
+
+    def made(prompts: list[str]) -> Comparison:
+        return compare(pipe, prompts, [NARROW, "dense"], schedule=SPARSE, kept=tmp_path / "kept", **SIZE)
+
+    monkeypatch.setattr("falloff.evaluation.compare.generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        made(["a fox", "fox fox"])
+    assert len(runs) == 5
+    stop_after = 99
+    resumed = made(["a fox", "fox fox"])
+    assert len(runs) == 8  # of dense, two methods and the probe on two prompts
+    again = made(["a fox", "fox fox"])
+    assert len(made(["a fox"]).pairs) == 1
+    assert len(runs) == 8
+    fresh = compare(pipe, ["a fox", "fox fox"], [NARROW, "dense"], schedule=SPARSE, **SIZE)
+    assert again.methods[0].seconds == resumed.methods[0].seconds
+    for got in (resumed, again):
+        assert got.methods[0].psnr == fresh.methods[0].psnr
+        assert got.methods[0].recall == fresh.methods[0].recall
+        assert [curve.mean for curve in got.decay] == [curve.mean for curve in fresh.decay]
+        assert got.methods[0].reasons == fresh.methods[0].reasons
+    made(["a fox", "fox fox", "fox"])
+    assert len(runs) == 8 + 8 + 4  # the fresh comparison, and the third prompt

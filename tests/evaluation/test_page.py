@@ -45,7 +45,7 @@ def test_files_of_a_comparison(comparison: Comparison, tmp_path: Path) -> None:
 def test_large_videos_are_shrunk_and_the_rest_left_out(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "LARGE_VIDEO_BYTES", 1)
     monkeypatch.setattr(report, "SHRUNK_SIDE", 32)
-    monkeypatch.setattr(report, "PAGE_BYTES", 9000)
+    monkeypatch.setattr(report.page, "BYTES", 9000)
     page = report.html(comparison)
     assert page.count("<video") == 3
     assert "1 more of 2 pairs" in page

@@ -67,7 +67,7 @@ def test_recall_goal(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found.recipe.evidence["compared"][-1]["settings"] == best.candidate.method.settings()
     assert "candidates, best" in "".join(said)
     assert not hasattr(pipe.transformer, "_falloff")
-    monkeypatch.setattr(tuning._Search, "compare", lambda search, best: found.comparison)
+    monkeypatch.setattr(tuning._Search, "compare", lambda search, plain, best: found.comparison)
     monkeypatch.setattr(tuning, "_run", lambda search, study, deadline: tuning._round(search, study))
     again = tune(pipe, "a fox", goal=goal, seconds=1, trials=trials, **CALL)
     assert again.tried[: len(found.tried)] == found.tried
@@ -97,6 +97,13 @@ def test_the_cheapest_that_reaches_wins() -> None:
     candidate = Candidate(falloff.Radial(), falloff.Schedule())
     tried = [Tried(candidate, cost, fidelity) for cost, fidelity in ((0.9, 30), (0.7, 26), (0.6, 24), (0.8, 40))]
     assert tuning._best(tried, Goal("psnr", 25)).cost == 0.7
+
+
+def test_tables_are_told_in_short() -> None:
+    method = falloff.ByLayer(values=tuple(round(0.1 + 0.01 * layer, 2) for layer in range(40)))
+    words = Tried(Candidate(method, falloff.Schedule()), 0.5, 30).words()
+    assert words.startswith("by-layer values=(0.1, 0.11,")
+    assert len(words) < 130
 
 
 def test_settings_that_exclude_each_other_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

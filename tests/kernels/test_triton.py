@@ -34,6 +34,10 @@ def test_what_holds_for_every_kernel_holds_under_the_interpreter():
     interpreted("test_run.py")
 
 
+def test_blocks_are_left_out_under_the_interpreter():
+    interpreted("test_skip.py")
+
+
 def test_its_own_paths_hold_under_the_interpreter():
     interpreted("interpreted_triton.py")
 

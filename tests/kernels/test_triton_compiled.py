@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402  -- only where triton is
 from triton.compiler import ASTSource  # noqa: E402 - as above
 
+from falloff.kernels.skip import PROTECTED  # noqa: E402 - as above
 from falloff.kernels.triton import width  # noqa: E402 - as above
 from falloff.kernels.triton_backward import delta_kernel, dkv_kernel, dq_kernel  # noqa: E402 - as above
 from falloff.kernels.triton_forward import forward_kernel  # noqa: E402 - as above
-from falloff.kernels.triton_tiles import FULL, HALF, HEAD_DIMS, Tile  # noqa: E402 - as above
+from falloff.kernels.triton_tiles import FULL, HALF, HEAD_DIMS, Tile, whole_blocks  # noqa: E402 - as above
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -43,9 +45,10 @@ class Row(NamedTuple):
     dtype: str
     tile: Tile
     plain: bool = True
+    skips: bool = False
 
     def __str__(self) -> str:
-        kind = "" if self.plain else "-packed"
+        kind = ("" if self.plain else "-packed") + ("-skip" if self.skips else "")
         return f"{self.arch}-{self.phase}-{self.head_dim}-{self.dtype}-{self.tile.own}x{self.tile.other}{kind}"
 
 
@@ -59,6 +62,16 @@ ROWS = [
     *(Row(arch, *key, "bf16", tile) for arch, rows in HALF.items() for key, tiles in rows.items() for tile in tiles),
     *(Row(arch, phase, HEAD_DIMS[-1], "fp32", FULL) for arch in HALF for phase in KERNELS),
     *(Row(90, phase, 128, "bf16", HALF[90][phase, 128][0], plain=False) for phase in KERNELS),
+    *(
+        Row(arch, "forward", head_dim, "bf16", tile, skips=True)
+        for arch, q_size, kv_size, head_dim in (
+            (80, 128, 64, 128),
+            (89, 128, 64, 128),
+            (90, 128, 16, 128),
+            (120, 64, 32, 256),
+        )
+        if (tile := whole_blocks(arch, head_dim, torch.bfloat16, q_size, kv_size)) is not None
+    ),
 ]
 
 
@@ -67,12 +80,14 @@ def compile_row(row: Row) -> Compiled:
     constants = {
         "OWN": tile.own,
         "OTHER": tile.other,
-        "UNIT": 128 if row.plain else 16,
+        "UNIT": tile.other if row.skips else 128 if row.plain else 16,
         "PACKED": not row.plain,
         "Q_ORDERED": not row.plain,
         "KV_ORDERED": not row.plain,
         "VALID": not row.plain,
     }
+    if row.phase == "forward":
+        constants["PROTECTED"] = PROTECTED if row.skips else None
     return compile_kernel(KERNELS[row.phase], row.arch, row.head_dim, row.dtype, constants, tile.warps, tile.stages)
 
 
@@ -81,7 +96,7 @@ def compile_kernel(
 ) -> Compiled:
     """As a launch would: pointers and strides are multiples of 16, what it does not specialise is not."""
     constants = constants | {"D": head_dim, "WIDTH": width(head_dim)}
-    types = dict.fromkeys(TENSORS, "*" + dtype) | POINTERS | {"scale": "fp32"}
+    types = dict.fromkeys(TENSORS, "*" + dtype) | POINTERS | {"scale": "fp32", "skip": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names
     specialised = [name for name in names if "*" in types.get(name, "") or re.search("_[bhn]$", name)]

@@ -245,7 +245,7 @@ def test_what_is_not_finite_stays_dense(which: int) -> None:
         (SVG1, {"sink_frames": -1}, r"sink_frames = -1"),
         (SVG1, {"rows": 0}, r"rows = 0"),
         (Router, {"candidates": ()}, r"candidates is empty"),
-        (Router, {"candidates": (7,)}, r"candidates must be methods, names .* got 7"),
+        (Router, {"candidates": (7,)}, r"expected a method, its name or .* got 7"),
         (Router, {"candidates": ("radail",)}, r"unknown method 'radail'"),
         (Router, {"candidates": (Radial(), SLA())}, r"candidates = sla have trained parameters"),
         (Router, {"tolerance": -1.0}, r"tolerance = -1.0 is negative"),

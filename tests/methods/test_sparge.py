@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from falloff import Grid, Plan, Sequence
+from falloff.kernels import run
 from falloff.methods import Call, Dense, SpargeAttn, State
 from falloff.methods.sparge import self_similarity
 
@@ -139,3 +140,19 @@ def test_what_is_not_finite_stays_dense() -> None:
 def test_settings_are_checked(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpargeAttn(**setting)
+
+
+def test_the_second_stage_is_the_plans_and_leaves_out_more() -> None:
+    q, k, v = tokens(100), 3 * tokens(100, seed=1), tokens(100, seed=2)
+    call = Call(sequence=Sequence(Grid(4, 5, 5)))
+    plans = [SpargeAttn(q_block=4, kv_block=2, skip=skip).plan(call, q, k, v, State()) for skip in (None, 0.0, 40.0)]
+    assert [plan.skip for plan in plans] == [None, 0.0, 40.0]
+    outs = [run(plan, 4 * q, k, v)[0] for plan in plans]
+    assert not torch.allclose(outs[1], outs[0], atol=1e-3)
+    torch.testing.assert_close(outs[2], outs[0])
+
+
+@pytest.mark.parametrize("skip", [-0.1, float("nan"), True])
+def test_a_second_stage_that_makes_no_sense_is_refused(skip: float) -> None:
+    with pytest.raises(ValueError, match="must be a number of bits of at least 0, or None"):
+        SpargeAttn(skip=skip)

@@ -32,7 +32,7 @@ def plan(method: SVG2, sequence: Sequence, tensors: tuple[Tensor, ...], state: S
     return made
 
 
-SMALL = SVG2(q_clusters=6, k_clusters=20, mass=0.5, min_share=0.0)
+SMALL = SVG2(q_clusters=6, k_clusters=20, mass=0.5, min_share=0.0, span=0)
 
 
 def test_mass_of_written_out_clusters() -> None:

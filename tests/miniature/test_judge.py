@@ -11,7 +11,7 @@ from falloff.miniature import digits, judge
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
-    return judge.train_classifier(Path(tmp_path_factory.mktemp("judge")) / "judge.pt", steps=300)
+    return judge.train_classifier(Path(tmp_path_factory.mktemp("judge")) / "judge.safetensors", steps=300)
 
 
 def clip_of(text: str, seed: int) -> digits.Floats:

@@ -1,4 +1,4 @@
-"""The command line: ``falloff generate``, ``compare``, ``tune``, ``bench``, ``doctor`` and ``methods``.
+"""The command line: ``falloff generate``, ``compare``, ``tune``, ``train``, ``bench``, ``doctor`` and ``methods``.
 
 Nothing heavy is imported here or at the top of a command's file, so that ``falloff --help`` answers at once.
 """
@@ -12,7 +12,19 @@ from typing import Annotated, cast
 
 import typer
 
-from falloff.cli import bench, bench_attention, bench_model, compare, doctor, generate, methods, tune
+from falloff.cli import (
+    bench,
+    bench_attention,
+    bench_model,
+    compare,
+    doctor,
+    generate,
+    methods,
+    train,
+    train_lora,
+    train_sparse,
+    tune,
+)
 from falloff.cli.errors import CommandError, one_line
 
 INTERRUPTED = 130
@@ -33,6 +45,9 @@ app.command("tune")(tune.tune)
 bench.app.command("attention")(bench_attention.attention)
 bench.app.command("model")(bench_model.model)
 app.add_typer(bench.app, name="bench")
+train.app.command("lora")(train_lora.lora)
+train.app.command("sparse")(train_sparse.sparse)
+app.add_typer(train.app, name="train")
 app.command("doctor")(doctor.doctor)
 app.command("methods")(methods.methods)
 

@@ -73,6 +73,12 @@ def find(model: str | None, *, by_class: bool = False) -> Checkpoint:
     return Checkpoint(model, model, {})
 
 
+def decodes(model: str) -> bool:
+    """Whether a folder holds a pipeline that decodes images of classes."""
+    index = Path(model) / "model_index.json"
+    return index.is_file() and _read(index, "").get("_class_name") == DECODER
+
+
 def _bundled_decoder() -> Checkpoint:
     from falloff.miniature import images
 

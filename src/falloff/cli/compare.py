@@ -1,4 +1,4 @@
-"""``falloff compare``: dense and sparse on the same prompts and seeds, and a page that shows both."""
+"""``falloff compare``: a slow way and faster ones on the same prompts or classes, and a page that shows all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Annotated
 import typer
 
 from falloff.cli import checkpoint as checkpoints
-from falloff.cli import options, settings
+from falloff.cli import compare_images, options, settings
 from falloff.cli.errors import USAGE, CommandError, told
 from falloff.cli.progress import Steps
 
+METHODS = "radial"
 PROMPTS = ("a red 3 moving right and a blue 7 moving up", "a green 5 moving left")
 """For the bundled miniature, which knows moving digits only."""
 
@@ -31,7 +32,7 @@ def compare(
             help="Methods to compare with dense, commas between; with settings as in 'radial(decay=0.5)', or a "
             "recipe's .yaml file."
         ),
-    ] = "radial",
+    ] = METHODS,
     set_: options.Settings = [],  # noqa: B006 - as above
     seeds: Annotated[str, typer.Option(help="Seeds for every prompt, commas between.")] = "0",
     frames: options.Frames = None,
@@ -40,9 +41,29 @@ def compare(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     kernel: options.Kernel = "auto",
-    output: Annotated[Path, typer.Option(help="Folder for the page, its figures and the videos.")] = Path("compare"),
+    lora: options.Lora = None,
+    class_: Annotated[
+        list[int],
+        typer.Option(
+            "--class",
+            min=0,
+            help="Compare ways to decode images of this class instead; repeatable.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006 - as above
+    output: Annotated[Path, typer.Option(help="Folder for the page, its figures and the videos or images.")] = Path(
+        "compare"
+    ),
 ) -> None:
-    """Measure what methods gain and what they cost, against dense attention."""
+    """Measure what methods gain and cost against dense attention; or parallel decoding against sequential."""
+    if class_ or (model is not None and checkpoints.decodes(model)):
+        sizes = {"--frames": frames, "--height": height, "--width": width}
+        video_only = {"--prompt": prompt, "--set": set_, "--lora": lora, **sizes}
+        changed = {"--methods": methods != METHODS, "--kernel": kernel != "auto"}
+        if given := [name for name, value in {**video_only, **changed}.items() if value]:
+            raise CommandError(f"{', '.join(given)} cannot be given where images are decoded", USAGE)
+        compare_images.run(model, class_, _seeds(seeds), steps=steps, guidance=guidance, output=output)
+        return
     if not prompt and model is not None:
         raise CommandError("a model of yours needs at least one --prompt", USAGE)
     prompts = prompt or list(PROMPTS)
@@ -64,7 +85,7 @@ def compare(
 
     with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
         pipe = pipeline.load(checkpoint)
-        with pipeline.running():
+        with pipeline.running(), pipeline.with_lora(pipe, lora):
             comparison = evaluation.compare(
                 pipe,
                 prompts,

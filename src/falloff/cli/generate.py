@@ -29,6 +29,7 @@ def generate(
     guidance: options.Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same noise.")] = 0,
     kernel: options.Kernel = "auto",
+    lora: options.Lora = None,
     class_: Annotated[
         int | None,
         typer.Option("--class", min=0, help="Decode an image of this class instead of a prompt.", show_default=False),
@@ -41,6 +42,7 @@ def generate(
     """Make a video with sparse attention, and tell what was computed; or decode an image of a class."""
     if class_ is not None:
         video_only = {"PROMPT": prompt, "--set": set_, "--frames": frames, "--height": height, "--width": width}
+        video_only |= {"--lora": lora}
         changed = {"--method": method != METHOD, "--kernel": kernel != "auto"}
         if given := [name for name, value in {**video_only, **changed}.items() if value]:
             raise CommandError(f"{', '.join(given)} cannot be given with --class, which makes one image", USAGE)
@@ -52,6 +54,7 @@ def generate(
     _video(
         prompt,
         model,
+        lora,
         settings.choose(method, set_),
         kernel,
         seed,
@@ -63,6 +66,7 @@ def generate(
 def _video(
     prompt: str,
     model: str | None,
+    lora: str | None,
     chosen: settings.Chosen,
     kernel: str,
     seed: int,
@@ -85,7 +89,7 @@ def _video(
 
     with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
         pipe = pipeline.load(checkpoint)
-        with pipeline.running():
+        with pipeline.running(), pipeline.with_lora(pipe, lora):
             evaluation.check_arguments(pipe, arguments)
             total = evaluation.steps(pipe, arguments)
             done = 0

@@ -29,6 +29,11 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_
 Guidance = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale.", show_default=False)]
 Kernel = Annotated[str, typer.Option(help="Kernel for sparse calls; 'falloff doctor' lists them.")]
 
+Lora = Annotated[
+    str | None,
+    typer.Option(help="A LoRA: the folder of 'falloff train lora', or a .safetensors file.", show_default=False),
+]
+
 
 def call_arguments(
     frames: int | None, height: int | None, width: int | None, steps: int | None, guidance: float | None

@@ -51,6 +51,18 @@ def load(checkpoint: Checkpoint, family: Any = None) -> Any:
 
 
 @contextmanager
+def with_lora(pipe: Any, lora: str | None) -> Iterator[None]:
+    """The pipeline with a LoRA, where one is given. Raises ``CommandError`` for what is none, or of another model."""
+    if lora is None:
+        yield
+        return
+    from falloff.training import adapter
+
+    with adapter.loaded(pipe, lora):
+        yield
+
+
+@contextmanager
 def running() -> Iterator[None]:
     """Errors of a pipeline call and of falloff's own checks as one line each."""
     import torch

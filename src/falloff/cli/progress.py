@@ -28,6 +28,7 @@ class Steps:
         )
         self._task: TaskID | None = None
         self._start = self._said = time.monotonic()
+        self._first = 0
 
     def __enter__(self) -> Steps:
         self._bar.start()
@@ -44,18 +45,19 @@ class Steps:
         """Tell what is going on, and the steps done where they are counted."""
         assert self._task is not None
         steps = f"{self._unit} {done} of {total}" if total else ""
-        if total and not self._total:
+        if total and total != self._total:
             self._bar.reset(self._task)
-            self._start, self._total = time.monotonic(), total
+            self._start, self._first, self._total = time.monotonic(), done, total
         self._bar.update(self._task, description=doing, completed=done, total=total, steps=steps)
         if doing != self._doing or time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._doing = doing
             self._say(f"{doing}, {steps}{self._left(done, total)}" if total else doing)
 
     def _left(self, done: int, total: int | None) -> str:
-        if not done or not total:
+        made = done - self._first
+        if made <= 0 or not total:
             return ""
-        left = (time.monotonic() - self._start) / done * (total - done)
+        left = (time.monotonic() - self._start) / made * (total - done)
         return f", about {left:.0f} s left"
 
     def _say(self, line: str) -> None:

@@ -148,7 +148,8 @@ def words(hint: Any) -> str:
     if get_origin(hint) is tuple:
         many = {int: "whole numbers", float: "numbers"}.get(get_args(hint)[0], "names")
         return f"{many} with commas between"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "text")
+    plain = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
+    return plain.get(hint, "text")
 
 
 def _as(text: str, hint: Any) -> Any:
@@ -162,6 +163,8 @@ def _as(text: str, hint: Any) -> Any:
         return get_args(hint)[get_args(hint).index(text)] if text in get_args(hint) else _refuse(text)
     if get_origin(hint) is tuple:
         return tuple(_as(part.strip(), get_args(hint)[0]) for part in text.split(",") if part.strip())
+    if hint is type(None):
+        return None if text.lower() == "none" else _refuse(text)
     if hint is bool:
         return {"true": True, "false": False}[text] if text in ("true", "false") else _refuse(text)
     return hint(text)

@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from falloff.decoding.decode import decode
     from falloff.decoding.order import Locality, make_orders
     from falloff.decoding.pipeline import LPDPipeline
     from falloff.decoding.sampling import Guidance, Sampler
     from falloff.decoding.sizes import cosine_sizes, group_sizes
+    from falloff.decoding.steps import decode
     from falloff.decoding.tokenizer import VQTokenizer
     from falloff.decoding.transformer import LPDTransformer
 
@@ -32,7 +32,7 @@ __all__ = [
 
 _HOME = {
     "cosine_sizes": "sizes",
-    "decode": "decode",
+    "decode": "steps",
     "group_sizes": "sizes",
     "Guidance": "sampling",
     "Locality": "order",

@@ -55,7 +55,7 @@ def attention_by_distance(
     """
     device, tokens = tokens_BN.device, model.tokens
     mask = dense_mask(group_ids([sizes], tokens), 1 + tokens).to(device)
-    known_NN = mask[0, 0, 1 + tokens :, 1 : 1 + tokens]
+    known_NN = _known(mask)
     distance_BNN = _distances(orders_BN, model.config.grid_width)
     found: list[Tensor] = []
 
@@ -68,6 +68,23 @@ def attention_by_distance(
 
     model(labels_B, tokens_BN.gather(1, orders_BN), orders_BN, orders_BN, attend)
     return torch.stack(found)
+
+
+def even_attention_by_distance(orders_BN: Tensor, sizes: Sequence[int], width: int) -> Tensor:
+    """The same of queries that look at all they see alike, [1 + largest distance]. ``width``: of the grid.
+
+    It is not level: a query with few known tokens pays each of them much, and seldom has one at a given distance.
+    """
+    tokens = orders_BN.shape[1]
+    mask = dense_mask(group_ids([sizes], tokens), 1 + tokens).to(orders_BN.device)
+    even_NN = (mask / mask.sum(dim=-1, keepdim=True))[:, :, 1 + tokens :, 1 : 1 + tokens]
+    return _mean_at_distance(even_NN, _distances(orders_BN, width), _known(mask))
+
+
+def _known(mask_11SS: Tensor) -> Tensor:
+    """Which tokens each query sees, [N, N]."""
+    tokens = mask_11SS.shape[-1] // 2
+    return mask_11SS[0, 0, 1 + tokens :, 1 : 1 + tokens]
 
 
 def _distances(orders_BN: Tensor, width: int) -> Tensor:

@@ -11,10 +11,11 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from falloff.decoding.decode import UNKNOWN, decode
 from falloff.decoding.order import Locality, OrderName, make_orders
 from falloff.decoding.sampling import Generators, Guidance, Sampler
 from falloff.decoding.sizes import group_sizes
+from falloff.decoding.static import StaticSteps
+from falloff.decoding.steps import UNKNOWN, decode
 from falloff.decoding.tokenizer import VQTokenizer
 from falloff.decoding.transformer import LPDTransformer
 
@@ -38,6 +39,18 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
             )
         self.register_modules(transformer=transformer, vae=vae)
         self.image_processor = VaeImageProcessor(do_resize=False, vae_latent_channels=0)
+        self._compiled: StaticSteps | None = None
+
+    def compile_decoding(self, **options: Any) -> None:
+        """From now on decode by compiled steps of one shape, for which the next call takes long.
+
+        ``options``: those of ``torch.compile``; on a GPU ``mode="reduce-overhead"`` makes CUDA graphs of the steps.
+        Sizes of batch, another largest group or another data type are compiled anew. Raises ``ValueError`` for a
+        transformer that is moved to its device layer by layer or call by call.
+        """
+        if hasattr(self.transformer, "_hf_hook"):
+            raise ValueError("the transformer is offloaded, which no compiled step can be; keep it on its device")
+        self._compiled = StaticSteps(self.transformer, **options)
 
     @torch.no_grad()
     def __call__(
@@ -46,7 +59,7 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
         num_inference_steps: int = 20,
         guidance_scale: float = 4.8,
         guidance_schedule: Literal["linear", "constant"] = "linear",
-        order: OrderName = "locality",
+        order: OrderName | Tensor = "locality",
         locality: Locality | None = None,
         sizes: Sequence[int] | None = None,
         temperature: float = 1.0,
@@ -63,7 +76,8 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
 
         num_inference_steps: groups of tokens, of the published or cosine sizes, unless ``sizes`` gives them.
         guidance_scale, guidance_schedule: see ``Guidance``; 1 is none, and half the work.
-        order: see ``make_orders``; a distinct one is drawn for each image, by the rule ``locality``.
+        order: see ``make_orders``; a distinct one is drawn for each image, by the rule ``locality``. Or the orders
+            themselves, int64 [labels, tokens].
         temperature, top_k, top_p: see ``Sampler``.
         image, mask: change an image (one for all labels, or one each; PIL, NumPy in [0, 1] or tensor in [0, 1]) where
             the mask [height, width] is set: tokens with a masked pixel are decoded anew, which takes fewer steps.
@@ -101,34 +115,39 @@ class LPDPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is not 
                 generator=generator,
                 known_BN=None if known is None else known.flatten(1),
                 on_step=on_step,
+                compiled=self._compiled,
             )
-        images = self._images(tokens.reshape(-1, *self._grid), output_type)
+        images = self.draw(tokens.reshape(-1, *self._grid), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @property
-    def _grid(self) -> tuple[int, int]:
-        return self.transformer.config.grid_height, self.transformer.config.grid_width
-
-    def _images(self, codes_BHW: Tensor, output_type: str) -> Any:
+    @torch.no_grad()
+    def draw(self, codes_BHW: Tensor, output_type: str = "pil") -> Any:
+        """Images of codes, int64 [images, height, width] of the grid; ``output_type`` as of a call."""
         if output_type == "latent":
             return codes_BHW
         pixels = self.vae.decode(codes_BHW).float().clamp(-1, 1)
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return self.transformer.config.grid_height, self.transformer.config.grid_width
+
     def _orders(
         self,
-        name: OrderName,
+        order: OrderName | Tensor,
         sizes: Sequence[int],
         count: int,
         generator: Generators,
         locality: Locality | None,
         known: Tensor | None,
     ) -> Tensor:
+        if isinstance(order, Tensor):
+            return order
         known_HW = None if known is None else known[0] != UNKNOWN
         sources = [(g, 1) for g in generator] if isinstance(generator, Sequence) else [(generator, count)]
         drawn = [
-            make_orders(name, *self._grid, sizes, many, source, locality=locality, known_HW=known_HW)
+            make_orders(order, *self._grid, sizes, many, source, locality=locality, known_HW=known_HW)
             for source, many in sources
         ]
         return torch.cat(drawn)

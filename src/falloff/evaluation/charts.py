@@ -38,6 +38,26 @@ def decay_plot(curve: DecayCurve) -> str:
     return plot(parts, f"Mean attention against {AXES[curve.axis]}. {fit_words(curve)}")
 
 
+STYLE = (
+    ".plot{--page:#fff;--ink:#1b1e22;--soft:#5b626a;--line:#dfe1df;--data:#0f827a;--warm:#a8480f;"
+    'background:var(--page);font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}'
+    "@media(prefers-color-scheme:dark){.plot{--page:#1b1f22;--ink:#e9ebec;--soft:#a3abb2;--line:#32383d;"
+    "--data:#2fb3a8;--warm:#f0a066}}"
+    ".plot text{fill:var(--soft)}.plot .tick{text-anchor:middle}.plot .end{text-anchor:end}"
+    ".plot .axis{text-anchor:middle;fill:var(--ink);font-size:13px}.plot .grid{stroke:var(--line)}"
+    ".plot polyline{fill:none}.layer{stroke:var(--soft);opacity:.38}"
+    ".fit{stroke:var(--warm);stroke-width:2;stroke-dasharray:7 4}"
+    ".uniform{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:2 4}.mean{fill:var(--data)}"
+)
+"""What the page's styles say of plots, for those in a file of their own."""
+
+
+def alone(drawing: str) -> str:
+    """A plot as the content of an SVG file, which needs no page."""
+    start, rest = drawing.split(">", 1)
+    return f'{start} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{rest}\n'
+
+
 def plot(parts: list[str], label: str) -> str:
     """An SVG element of the drawing's size."""
     words = escape(label, quote=True)

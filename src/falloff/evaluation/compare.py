@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from torch import Tensor
 from falloff import api
 from falloff.evaluation import machine
 from falloff.evaluation.comparison import Arm, Comparison, MethodArm, Pair
-from falloff.evaluation.decay import DecayObserver
+from falloff.evaluation.decay import DecayObserver, Profile
 from falloff.evaluation.generate import Generation, check_arguments, generate, steps
+from falloff.evaluation.kept import Kept
 from falloff.evaluation.metrics import psnr, ssim
 from falloff.evaluation.probe import Probe
 from falloff.evaluation.recall import RecallObserver, Recalls
@@ -46,18 +48,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to run: plain dense (no method), a method, or the probe, which is dense too."""
+    """One way to run: plain dense (no method), a method, or the probe, which is dense too.
+
+    ``learned``: the recipe of a method that has learned parameters.
+    """
 
     label: str
     method: Method | None
     schedule: Schedule | None = None
     kernel: str = "auto"
+    learned: Recipe | None = None
 
     def attached(self, pipe: Any, schedule: Schedule | None = None) -> AbstractContextManager[Any]:
         if self.method is None:
             return nullcontext()
+        # what was learned is of the layers that its own schedule does not keep dense
+        method = self.learned if self.learned is not None and schedule is None else self.method
         schedule = schedule or self.schedule
-        return api.using(pipe, self.method, schedule=schedule, kernel=self.kernel, timing=True)
+        return api.using(pipe, method, schedule=schedule, kernel=self.kernel, timing=True)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ def compare(
     kernel: str = "auto",
     progress: Callable[[Progress], None] | None = None,
     fps: float = 16,
+    kept: Path | None = None,
     **call_arguments: Any,
 ) -> Comparison:
     """Run dense and each method for every prompt and seed, and tell time, density and fidelity.
@@ -91,7 +100,8 @@ def compare(
     time, its decay with distance, and how much of it each method's plans keep. The order rotates from pair to pair,
     so that a machine that warms up or slows down favours none; short runs of each come first and are not counted.
     ``schedule``, one for all methods or one for each, stands in for their own. ``call_arguments`` go to the pipeline
-    as they are.
+    as they are. ``kept``: a folder for what every run gave; a comparison goes on there where it was interrupted, or
+    with more prompts. Its times are then of several sessions. The files are pickles, so take a folder of your own.
 
     The pipeline is left as it was, also on an error or an interrupt. Raises ``ValueError`` for no prompts, methods
     or seeds, for unknown methods, for another model's recipe and for a pipeline with a method attached,
@@ -116,15 +126,12 @@ def compare(
     told = _Told(
         progress, total=(len(ways) * len(pairs) * steps(pipe, call_arguments)) + len(ways[:-1]) * WARM_UP_STEPS
     )
-    for way in ways[:-1]:
-        told.doing = f"warming up {way.label}"
-        short = {**call_arguments, "num_inference_steps": WARM_UP_STEPS}
-        with way.attached(pipe, NO_DENSE):
-            generate(pipe, pairs[0].prompt, seed=pairs[0].seed, call_arguments=short, on_step=told.step)
-    outcomes = [_run_pair(pipe, ways, pairs, n, fps, call_arguments, told) for n in range(len(pairs))]
+    runs = _Runs(pipe, ways, pairs, (decay, recall), call_arguments, told, Kept(kept))
+    runs.warm_up()
+    outcomes = [_run_pair(runs, n, fps) for n in range(len(pairs))]
     dense, *others = [list(column) for column in zip(*outcomes, strict=True)]
     return Comparison(
-        model=str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__),
+        model=_model(pipe),
         command=_command(pairs, chosen, schedule, kernel, fps, call_arguments),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         pairs=pairs,
@@ -138,6 +145,10 @@ def compare(
     )
 
 
+def _model(pipe: Any) -> str:
+    return str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
+
+
 def _method(given: str | Method | Recipe) -> Method:
     if isinstance(given, Recipe):
         return given.method
@@ -149,6 +160,7 @@ def _way(label: str, given: str | Method | Recipe, schedule: Schedule | None, ke
     if isinstance(given, Recipe):
         schedule = schedule or given.schedule
         kernel = given.kernel if kernel == "auto" else kernel
+        return _Way(label, given.method, schedule, kernel, given if given.branches is not None else None)
     return _Way(label, _method(given), schedule, kernel)
 
 
@@ -165,29 +177,81 @@ class _Told:
             self._progress(Progress(self._done, self._total, self.doing))
 
 
-def _run_pair(
-    pipe: Any,
-    ways: Sequence[_Way],
-    pairs: Sequence[Pair],
-    number: int,
-    fps: float,
-    call_arguments: dict[str, Any],
-    told: _Told,
-) -> list[_Outcome]:
+class _Done(NamedTuple):
+    """One generation, the session's report of it (none for plain dense), and for the probe all that it has seen."""
+
+    generation: Generation
+    report: Report | None
+    seen: tuple[Profile, tuple[Recalls, ...]] | None = None
+
+
+class _Runs:
+    """Runs a pipeline in several ways, for each what is not kept from before."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        ways: Sequence[_Way],
+        pairs: Sequence[Pair],
+        observers: tuple[DecayObserver, RecallObserver],
+        call_arguments: dict[str, Any],
+        told: _Told,
+        kept: Kept,
+    ) -> None:
+        self._pipe, self.ways, self.pairs, self._arguments = pipe, ways, pairs, call_arguments
+        self._observers, self._told, self._kept = observers, told, kept
+
+    def warm_up(self) -> None:
+        """A short run of every way that has one to come; the probe's is dense too."""
+        short = {**self._arguments, "num_inference_steps": WARM_UP_STEPS}
+        for way in self.ways[:-1]:
+            if all(self._kept.has(self._key(way, number)) for number in range(len(self.pairs))):
+                continue
+            self._told.doing = f"warming up {way.label}"
+            with way.attached(self._pipe, NO_DENSE):
+                first = self.pairs[0]
+                generate(self._pipe, first.prompt, seed=first.seed, call_arguments=short, on_step=self._told.step)
+
+    def run(self, index: int, number: int) -> _Done:
+        """One way on one pair."""
+        way, probes = self.ways[index], index == len(self.ways) - 1
+        self._told.doing = f"{way.label}, pair {number + 1} of {len(self.pairs)}"
+        done = self._kept.once(self._key(way, number), lambda: self._run(way, self.pairs[number], probes))
+        if done.seen is not None:
+            self._resume(*done.seen)
+        return done
+
+    def _run(self, way: _Way, pair: Pair, probes: bool) -> _Done:
+        with way.attached(self._pipe):
+            made = generate(
+                self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments, on_step=self._told.step
+            )
+            report = None if way.method is None else api.report(self._pipe)
+        decay, recall = self._observers
+        return _Done(made, report, (decay.profile, recall.found) if probes else None)
+
+    def _resume(self, profile: Profile, found: tuple[Recalls, ...]) -> None:
+        """What the probe has seen up to a pair, whether it was just now or in an earlier session."""
+        decay, recall = self._observers
+        vars(decay.profile).update(vars(profile))
+        for own, before in zip(recall.found, found, strict=True):
+            own.calls[:] = before.calls
+
+    def _key(self, way: _Way, number: int) -> str:
+        """All that a run depends on; the probe also on the pairs that it saw before."""
+        pairs = self.pairs[: number + 1] if way is self.ways[-1] else self.pairs[number]
+        return repr((_model(self._pipe), way, pairs, sorted(self._arguments.items())))
+
+
+def _run_pair(runs: _Runs, number: int, fps: float) -> list[_Outcome]:
     """Every way once, starting with another one for every pair; outcomes in the order of ``ways``."""
-    pair = pairs[number]
-    done: dict[int, tuple[Generation, Report | None]] = {}
-    for place in range(len(ways)):
-        index = (number + place) % len(ways)
-        way = ways[index]
-        told.doing = f"{way.label}, pair {number + 1} of {len(pairs)}"
-        with way.attached(pipe):
-            generation = generate(pipe, pair.prompt, seed=pair.seed, call_arguments=call_arguments, on_step=told.step)
-            done[index] = generation, None if way.method is None else api.report(pipe)
+    ways = runs.ways
+    order = [(number + place) % len(ways) for place in range(len(ways))]
+    done = {index: runs.run(index, number) for index in order}
     dense, again = _as_float(done[0][0]), _as_float(done[len(ways) - 1][0])
     outcomes = []
     for index in range(len(ways)):
-        generation, report = done[index]
+        generation, report, _ = done[index]
         # plain dense has nothing to be close to but the second dense run, which is the noise floor
         reference = dense if index else again
         outcomes.append(

@@ -118,7 +118,7 @@ class Comparison:
         values["methods"] = [self._method_values(arm) for arm in self.methods]
         for arm in (values["dense"], *values["methods"]):
             del arm["videos"]
-        plain: dict[str, Any] = _jsonable(values)
+        plain: dict[str, Any] = jsonable(values)
         return plain
 
     def _method_values(self, arm: MethodArm) -> dict[str, Any]:
@@ -151,11 +151,12 @@ def _bare(arm: Any) -> Any:
     return dataclasses.replace(arm, videos=[])
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Plain values for strict JSON, infinity and what has no JSON as text."""
     if isinstance(value, dict):
-        return {str(key): _jsonable(entry) for key, entry in value.items()}
+        return {str(key): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
+        return [jsonable(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -23,6 +23,7 @@ AXES = {
     "time": "distance in latent frames, same position",
     "raster": "distance in raster index, same frame",
     "space": "distance in tokens, same frame",
+    "picture": "distance in tokens, same picture",
 }
 SPATIAL_REACH = 40
 """Largest spatial distance told, as in the paper's figure: further out a frame's edge cuts most pairs off."""

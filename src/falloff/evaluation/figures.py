@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,7 +40,7 @@ def rows(comparison: Comparison) -> list[Row]:
         ),
         Row(
             "speed-up",
-            ["1x", *(_speedup(comparison, arm) for arm in methods)],
+            ["1x", *(middle_and_range(comparison.speedups(arm)) for arm in methods)],
             "Dense time / the method's, pair by pair; median, and range over pairs.",
         ),
         Row(
@@ -79,7 +80,11 @@ def rows(comparison: Comparison) -> list[Row]:
             [f"floor: {similarity(dense.ssim)}", *(similarity(arm.ssim) for arm in methods)],
             "Structural similarity to the dense video, 1 at most, mean and standard deviation over pairs.",
         ),
-        Row("peak memory", [_memory(arm) for arm in arms], _memory_meaning(comparison)),
+        Row(
+            "peak memory",
+            [memory(arm.peak_bytes) for arm in arms],
+            memory_meaning(comparison.machine.get("device")),
+        ),
         Row(
             "planning",
             [NONE, *(seconds(arm.plan_seconds) for arm in methods)],
@@ -95,13 +100,18 @@ def rows(comparison: Comparison) -> list[Row]:
 
 def table(comparison: Comparison) -> Table:
     """The figures for a terminal."""
+    return terminal(f"{len(comparison.pairs)} pairs of prompt and seed", columns(comparison), rows(comparison))
+
+
+def terminal(title: str, heads: Sequence[str], rows: Iterable[Row]) -> Table:
+    """Rows of figures for a terminal."""
     from rich.table import Table
 
-    shown = Table(title=f"{len(comparison.pairs)} pairs of prompt and seed", title_justify="left")
+    shown = Table(title=title, title_justify="left")
     shown.add_column("")
-    for head in columns(comparison):
+    for head in heads:
         shown.add_column(head, justify="right")
-    for row in rows(comparison):
+    for row in rows:
         shown.add_row(row.name, *row.cells)
     return shown
 
@@ -157,18 +167,19 @@ def _spread(values: list[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
-def _speedup(comparison: Comparison, arm: Arm) -> str:
-    each = comparison.speedups(arm)
-    middle = times(comparison.speedup(arm))
-    return middle if len(each) < 2 else f"{middle} ({min(each):.2f} to {max(each):.2f})"
+def middle_and_range(factors: Sequence[float]) -> str:
+    """Of speed-ups, one a pair."""
+    middle = times(median(factors))
+    return middle if len(factors) < 2 else f"{middle} ({min(factors):.2f} to {max(factors):.2f})"
 
 
-def _memory(arm: Arm) -> str:
-    known = [value for value in arm.peak_bytes if value is not None]
+def memory(peak_bytes: Sequence[int | None]) -> str:
+    """The highest that is known."""
+    known = [value for value in peak_bytes if value is not None]
     return f"{max(known) / 2**20:.0f} MiB" if known else NONE
 
 
-def _memory_meaning(comparison: Comparison) -> str:
-    if comparison.machine.get("device") == "cpu":
+def memory_meaning(device: str | None) -> str:
+    if device == "cpu":
         return "Of the whole process, the weights included; highest over pairs."
     return "What torch had allocated on the device at most, the weights included; highest over pairs."

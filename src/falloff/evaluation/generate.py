@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ def generate(
     memory = machine.PeakMemory(device)
     machine.synchronize(device)
     start = time.perf_counter()
-    with _quiet(pipe):
+    with quiet(pipe):
         output = pipe(prompt=prompt, generator=generator, output_type="np", **arguments)
     machine.synchronize(device)
     seconds = time.perf_counter() - start
@@ -67,13 +67,20 @@ def generate(
 
 def steps(pipe: Any, call_arguments: Mapping[str, Any]) -> int:
     """How many denoising steps a call makes: as asked, or the pipeline's default."""
-    default = _parameters(pipe)["num_inference_steps"].default
-    return int(call_arguments.get("num_inference_steps", default))
+    return int(call_arguments.get("num_inference_steps", default(pipe, "num_inference_steps")))
 
 
-def check_arguments(pipe: Any, call_arguments: Mapping[str, Any]) -> None:
-    """Raise ``TypeError`` for an argument that the pipeline does not take, or that is not the caller's to set."""
-    legal = [name for name in _parameters(pipe) if name not in OURS]
+def default(pipe: Any, name: str) -> Any:
+    """What a pipeline's call takes for an argument that is not given."""
+    return _parameters(pipe)[name].default
+
+
+def check_arguments(pipe: Any, call_arguments: Mapping[str, Any], ours: Iterable[str] = ()) -> None:
+    """Raise ``TypeError`` for an argument that the pipeline does not take, or that is not the caller's to set.
+
+    ``ours``: such arguments of one kind of pipeline.
+    """
+    legal = [name for name in _parameters(pipe) if name not in (*OURS, *ours)]
     for name in call_arguments:
         if name not in legal:
             raise TypeError(f"{type(pipe).__name__} takes no argument {name!r} here; legal are {', '.join(legal)}")
@@ -84,7 +91,7 @@ def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: Any) -> Iterator[None]:
     """Without the pipeline's own progress bar, which would write across ours."""
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(**{**(before or {}), "disable": True})

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import re
 from html import escape
-from importlib import resources
 from pathlib import Path
 from statistics import fmean
-from string import Template
 
-from falloff.evaluation import figures, files, pareto
-from falloff.evaluation.charts import block_map_png, data_uri, decay_plot, fit_words
+from falloff.evaluation import figures, files, page, pareto
+from falloff.evaluation.charts import block_map_png, data_uri
 from falloff.evaluation.comparison import Arm, Comparison, MethodArm
 from falloff.evaluation.video import encode, read, shrink
 
-PAGE_BYTES = 13 << 20
-"""Videos embedded in a page, before base64: the page stays below 20 MB."""
 LARGE_VIDEO_BYTES = 1 << 20
 """Videos above this are embedded at a smaller size."""
 SHRUNK_SIDE = 480
@@ -48,30 +44,32 @@ def video_name(arm: Arm, pair: int) -> str:
 
 def html(comparison: Comparison) -> str:
     """The page, self-contained: styles, script, videos, maps and plots are all inside."""
-    template = resources.files("falloff.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     parts = {
-        "title": escape(f"falloff: {', '.join(arm.label for arm in comparison.methods)} against dense"),
-        "subtitle": _subtitle(comparison),
         "headlines": "".join(_headline(comparison, arm) for arm in comparison.methods),
         "videos": _videos(comparison),
         "pareto": _pareto(comparison),
-        "figures": _figures(comparison),
-        "meanings": _definitions({row.name: row.meaning for row in figures.rows(comparison)}),
+        "figures": page.figures_table(figures.columns(comparison), figures.rows(comparison)),
+        "meanings": page.definitions({row.name: row.meaning for row in figures.rows(comparison)}),
         "maps": _maps(comparison),
         "runs": _runs(comparison),
         "reasons": _reasons(comparison),
         "decay": _decay(comparison),
-        "settings": _definitions(_settings(comparison)),
-        "machine": _definitions({**comparison.machine, **comparison.versions}),
-        "command": escape(comparison.command),
     }
-    return Template(template).substitute(parts)
+    return page.frame(
+        title=f"falloff: {', '.join(arm.label for arm in comparison.methods)} against dense",
+        heading="What sparse attention gained, and what it cost",
+        subtitle=_subtitle(comparison),
+        content=page.template("report.html").substitute(parts),
+        settings=_settings(comparison),
+        machine={**comparison.machine, **comparison.versions},
+        command=comparison.command,
+    )
 
 
 def _subtitle(comparison: Comparison) -> str:
     pairs = len(comparison.pairs)
     count = "1 pair" if pairs == 1 else f"{pairs} pairs"
-    return escape(f"{comparison.model}, {count} of prompt and seed, {comparison.created}")
+    return f"{comparison.model}, {count} of prompt and seed, {comparison.created}"
 
 
 def _headline(comparison: Comparison, arm: MethodArm) -> str:
@@ -90,20 +88,13 @@ def _headline(comparison: Comparison, arm: MethodArm) -> str:
             f"{figures.percent(arm.effective_density)} with the dense steps and layers",
         ),
     }
-    shown = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
-        for name, (value, note) in stats.items()
-    )
-    return (
-        f'<section class="card headline"><h3>{escape(arm.label)}</h3><dl class="stats">{shown}</dl>'
-        f"<p>{escape(figures.verdict(comparison, arm))}</p></section>"
-    )
+    return page.headline(arm.label, stats, figures.verdict(comparison, arm))
 
 
 def _videos(comparison: Comparison) -> str:
     """Pair after pair, as many as the page has room for."""
     arms: list[Arm] = [comparison.dense, *comparison.methods]
-    room, shown = PAGE_BYTES, []
+    room, shown = page.BYTES, []
     for number, pair in enumerate(comparison.pairs):
         videos = [_small(arm.videos[number], comparison.fps) for arm in arms]
         room -= sum(map(len, videos))
@@ -137,15 +128,6 @@ def _small(video: bytes, fps: float) -> bytes:
     return encode(shrink(read(video), SHRUNK_SIDE), fps)
 
 
-def _figures(comparison: Comparison) -> str:
-    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in figures.columns(comparison))
-    body = "".join(
-        f'<tr><th scope="row">{row.name}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row.cells)}</tr>'
-        for row in figures.rows(comparison)
-    )
-    return f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _pareto(comparison: Comparison) -> str:
     drawn = [plot for plot in (pareto.by_density(comparison), pareto.by_time(comparison)) if plot]
     if not drawn:
@@ -154,7 +136,7 @@ def _pareto(comparison: Comparison) -> str:
     return (
         "<p>Up and left is better: closer to the dense video, for less. The line joins methods that none other beats "
         "in both; bars reach from the worst pair of prompt and seed to the best.</p>"
-        f'<div class="plots">{plots}</div><dl class="meanings">{_definitions(pareto.key(comparison))}</dl>'
+        f'<div class="plots">{plots}</div><dl class="meanings">{page.definitions(pareto.key(comparison))}</dl>'
     )
 
 
@@ -202,36 +184,15 @@ def _reasons(comparison: Comparison) -> str:
 def _decay(comparison: Comparison) -> str:
     if not comparison.decay:
         return "<p>No attention call was seen.</p>"
-    plots = "".join(
-        f'<figure class="card">{decay_plot(curve)}<figcaption>{escape(fit_words(curve))}</figcaption></figure>'
-        for curve in comparison.decay
-    )
-    keys = {
-        "mean of all layers": '<circle class="mean" cx="17" cy="5" r="4"/>',
-        "exponential fit": '<polyline class="fit" points="0,5 34,5"/>',
-        "single layers": '<polyline class="layer" points="0,5 34,5"/>',
-        "attention spread evenly": '<polyline class="uniform" points="0,5 34,5"/>',
-    }
-    key = "".join(
-        f'<li><svg viewBox="0 0 34 10" aria-hidden="true">{mark}</svg>{name}</li>' for name, mark in keys.items()
-    )
     intro = (
         "<p>Mean attention of sampled queries in the dense run, by distance to the key. Sparse attention with a "
         "reach that shrinks with distance rests on this fall: the steeper, the less it leaves out.</p>"
     )
-    return f'{intro}<ul class="key">{key}</ul><div class="plots">{plots}</div>'
+    return intro + page.decay_plots(comparison.decay)
 
 
 def _settings(comparison: Comparison) -> dict[str, str]:
-    found = {"pipeline call": _words(comparison.call_arguments) or "the pipeline's defaults"}
+    found = {"pipeline call": page.words(comparison.call_arguments) or "the pipeline's defaults"}
     for arm in comparison.methods:
-        found[arm.label] = "; ".join(filter(None, (_words(arm.settings), _words(arm.schedule))))
+        found[arm.label] = "; ".join(filter(None, (page.words(arm.settings), page.words(arm.schedule))))
     return found
-
-
-def _words(values: dict[str, object]) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in values.items())
-
-
-def _definitions(entries: dict[str, str]) -> str:
-    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in entries.items())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -28,10 +29,12 @@ from falloff.evaluation.generate import check_arguments, generate, steps
 from falloff.evaluation.metrics import psnr
 from falloff.evaluation.probe import Probe
 from falloff.evaluation.recall import RecallObserver, Recalls
+from falloff.evaluation.refine import LEVELS, Looks, finer
 from falloff.evaluation.study import COST, FIDELITY, TuningError
 from falloff.methods import METHODS, get
 from falloff.methods.base import Method
 from falloff.recipe import Recipe
+from falloff.schedule import Schedule
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 12
 """Candidates judged by recall in one dense run."""
+SHOWN_OF_A_VALUE = 60
+"""Letters of a setting's value that are told."""
 HOPELESS_DB = 3.0
 """A candidate this far below the target on its first pair is given up."""
 
@@ -72,7 +77,7 @@ class Tried:
         """The method, what differs from its defaults, and its schedule."""
         method, schedule = self.candidate.method, self.candidate.schedule
         defaults = type(method)().settings()
-        changed = [f"{name}={value}" for name, value in method.settings().items() if value != defaults[name]]
+        changed = [f"{name}={_short(value)}" for name, value in method.settings().items() if value != defaults[name]]
         return " ".join(
             [method.name, *changed, f"dense_first={schedule.dense_first}", f"dense_layers={schedule.dense_layers}"]
         )
@@ -125,11 +130,15 @@ def tune(
     search = _Search(pipe, pairs, wanted, goal, kernel, say, call_arguments)
     with studies.opened(trials, search.identity()) as study:
         search.prepare()
-        _run(search, study, deadline=started + seconds - search.seconds_to_compare())
+        deadline = started + seconds - search.seconds_to_compare()
+        _run(search, study, deadline - search.seconds_to_refine())
         tried = [search.tried(trial) for trial in studies.judged(study)]
+    plain = _best(tried, goal)
+    refined, measured = search.refine(plain, deadline)
+    tried += refined
     best = _best(tried, goal)
-    comparison = search.compare(best)
-    return Tuned(search.recipe(best, comparison, len(tried)), comparison, tried)
+    comparison = search.compare(plain, best)
+    return Tuned(search.recipe(best, comparison, len(tried), measured), comparison, tried)
 
 
 def kinds(names: str | Iterable[str]) -> list[type[Method]]:
@@ -191,9 +200,12 @@ class _Search:
         self.space = Space(self.kinds, sensitive)
 
     def seconds_to_compare(self) -> float:
-        """Dense twice, the defaults and the best, and short runs first."""
-        each = sum(dense.seconds for dense in self._dense)
-        return 4 * each + 6 / self._steps * self._dense[0].seconds
+        """Dense twice, the defaults, the best and what it was refined from, and short runs first."""
+        return 5 * self._seconds() + 8 / self._steps * self._dense[0].seconds
+
+    def seconds_to_refine(self) -> float:
+        """A dense run to look, and one of every candidate."""
+        return (1 + len(LEVELS)) * self._seconds()
 
     def tried(self, trial: FrozenTrial) -> Tried:
         from optuna.trial import FixedTrial
@@ -211,12 +223,27 @@ class _Search:
     def at_once(self) -> int:
         return AT_ONCE if self.goal.measure == "recall" else 1
 
-    def compare(self, best: Tried) -> Comparison:
-        """The best, its method's defaults and dense, interleaved."""
-        candidate = best.candidate
-        default = type(candidate.method)()
-        methods = [candidate.method] if default == candidate.method else [default, candidate.method]
-        schedules = [candidate.schedule] if default == candidate.method else [default.schedule, candidate.schedule]
+    def refine(self, plain: Tried, deadline: float) -> tuple[list[Tried], dict[str, Any]]:
+        """Candidates that differ by layer or head, judged, and what was measured; none where time is short."""
+        if time.monotonic() + 2 * self._seconds() > deadline:
+            return [], {}
+        self.say("which layers and heads can do with less")
+        found = finer(plain.candidate, Looks(self._observe, self._recalls, self._steps))
+        tried: list[Tried] = []
+        for candidate in found.candidates:
+            if time.monotonic() + self._seconds() > deadline:
+                break
+            ((cost, fidelity),) = self.judge([candidate])
+            tried.append(Tried(candidate, cost, fidelity))
+            self.say(f"refined, {len(tried)} of {len(found.candidates)}")
+        return tried, found.measured
+
+    def compare(self, plain: Tried, best: Tried) -> Comparison:
+        """The best, what it was refined from, its method's defaults and dense, interleaved."""
+        default = type(plain.candidate.method)()
+        ways: dict[Method, Schedule] = {default: default.schedule}  # one of each method, the last schedule given
+        ways |= {each.candidate.method: each.candidate.schedule for each in (plain, best)}
+        methods, schedules = list(ways), list(ways.values())
         return compare(
             self._pipe,
             list(dict.fromkeys(pair.prompt for pair in self._pairs)),
@@ -228,7 +255,7 @@ class _Search:
             **self._arguments,
         )
 
-    def recipe(self, best: Tried, comparison: Comparison, count: int) -> Recipe:
+    def recipe(self, best: Tried, comparison: Comparison, count: int, measured: dict[str, Any]) -> Recipe:
         values = comparison.to_dict()
         keep = ("created", "call_arguments", "pairs", "machine", "versions")
         figures = (
@@ -253,6 +280,7 @@ class _Search:
                 "candidates": count,
                 **{name: values[name] for name in keep},
                 "compared": [{name: arm[name] for name in figures} for arm in values["methods"]],
+                **measured,
             },
         )
 
@@ -263,6 +291,16 @@ class _Search:
         with api.using(self._pipe, Probe(observers=(observer,))):
             generate(self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments)
         return list(observer.found)
+
+    def _observe(self, probe: Probe) -> None:
+        """Show every pair's dense run to a probe."""
+        for pair in self._pairs:
+            with api.using(self._pipe, probe):
+                generate(self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments)
+
+    def _seconds(self) -> float:
+        """Of one dense run of all pairs."""
+        return sum(dense.seconds for dense in self._dense)
 
     def _by_recall(self, candidate: Candidate, found: Recalls) -> tuple[float, float]:
         if not found.calls:
@@ -329,6 +367,11 @@ def _best(tried: list[Tried], goal: Goal) -> Tried:
             "Allow more time, or lower the target"
         )
     return min(reached, key=lambda each: each.cost)
+
+
+def _short(value: Any) -> str:
+    """Tables of layers and heads are for the recipe."""
+    return shorten(str(value), SHOWN_OF_A_VALUE, placeholder=" ...")
 
 
 def _as_float(frames: Any) -> Tensor:

@@ -12,7 +12,8 @@ import copy
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
 from falloff.hosts.layers import layer_of
 from falloff.hosts.listener import Listener, listen, unlisten
 from falloff.hosts.where import Watch
-from falloff.session import DenseBackend, Seat, Session
+from falloff.methods.base import Method
+from falloff.session import DenseBackend, Position, Seat, Session
 
 NAME = "falloff"
 
@@ -158,6 +160,8 @@ class Attachment:
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         """Of the forward's arguments, in their order."""
         self.scene = Scene(host.square_mask)
+        self.stays_dense: str | None = None
+        """Why all forwards do, if they do for a while."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """A copied model is attached like the first, to a session of its own."""
@@ -183,7 +187,7 @@ class Attachment:
         _check_config(self.model, self.host)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         grid = self.host.grid(given, self.model.config)
-        reason = grid if isinstance(grid, str) else None
+        reason = grid if isinstance(grid, str) else self.stays_dense
         count, share = parallel.shares(_parallelism(self.model, self.host, self.marks[0].processor))
         self.scene.layout = op.layout_of(None if isinstance(grid, str) else grid, count)
         if count > 1 and self.session.trained.read_hidden(self.number):
@@ -212,6 +216,45 @@ def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session,
 def attached(model: nn.Module) -> Attachment | None:
     """The attachment of a model, if it has one."""
     return getattr(model, "_falloff", None)
+
+
+@contextmanager
+def standing(model: nn.Module, position: Position) -> Iterator[None]:
+    """Forwards by hand stand here, each as a run of its own; for training, where a noise level is a step.
+
+    What a method kept in a forward is gone after it, so that a layer computed again for its gradient is planned as it
+    was the first time. Does nothing to a model without falloff.
+    """
+    attachment = attached(model)
+    if attachment is None:
+        yield
+        return
+    attachment.watch.told = position
+    try:
+        yield
+    finally:
+        attachment.watch.told = None
+        attachment.session.forget()
+
+
+@contextmanager
+def dense(model: nn.Module, reason: str) -> Iterator[None]:
+    """All attention of a model is dense for a while. Does nothing to a model without falloff."""
+    attachment = attached(model)
+    if attachment is not None:
+        attachment.stays_dense = reason
+    try:
+        yield
+    finally:
+        if attachment is not None:
+            attachment.stays_dense = None
+
+
+def replan(model: nn.Module, method: Method) -> None:
+    """Go on with other settings of the method that is attached; what it has learned stays."""
+    attachment = attached(model)
+    assert attachment is not None
+    attachment.session.replan(method)
 
 
 def detach(attachment: Attachment) -> None:

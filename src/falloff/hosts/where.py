@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Watch:
         self._pass = 0
         self._mark: Tensor | float | None = None
         self._first_index: int | None = None
+        self.told: Position | None = None
+        """Where the next forwards stand, each in a run of its own, whatever its number here; training says so."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         """A copy follows the copied pipeline, or none when only a transformer was copied."""
@@ -51,6 +54,10 @@ class Watch:
         ``num_inference_steps``), or ``None``. ``timestep``, a number, [B] or [B, S], is read only without a running
         pipeline, or with one that does not say where it is, because that waits for the device.
         """
+        if self.told is not None:
+            self.end_run()
+            self._run += 1
+            return replace(self.told, run=self._run)
         pipe = self._pipe() if self._pipe is not None else None
         mark = getattr(pipe, "_current_timestep", None)
         if pipe is None or mark is None:

@@ -30,10 +30,10 @@ def run(
     Tokens are given and returned in the caller's order; the plan's orders are applied inside. ``scale`` defaults
     to ``D ** -0.5``. ``key_valid`` bool [B, Nkv] drops keys (padding) whatever they hold. The LSE is the natural
     logarithm of the sum of exponentials of the scaled logits, float32 (float64 for float64); a query without keys
-    gives 0 and -inf. Differentiable in q, k and v through both results.
+    gives 0 and -inf. Differentiable in q, k and v through both results, unless the plan has ``skip`` set.
 
     Raises ``KernelError`` when the tensors do not fit the plan, ``UnsupportedError`` when the kernel named by
-    ``impl`` cannot run the call.
+    ``impl`` cannot run the call, or a gradient is asked of a plan with ``skip``.
     """
     out, lse, _ = dispatch(plan, q_BHND, k_BHND, v_BHND, scale=scale, key_valid=key_valid, impl=impl, needs_lse=True)
     assert lse is not None  # a kernel without one refuses
@@ -67,11 +67,14 @@ def dispatch(
 ) -> tuple[Tensor, Tensor | None, Choice]:
     """What ``run`` and ``attend`` do: out, the LSE (perhaps ``None`` where it is not needed), and the choice made."""
     check_call(plan, q_BHND, k_BHND, v_BHND, key_valid)
+    needs_grad = differentiable(q_BHND, k_BHND, v_BHND)
+    if plan.skip is not None and needs_grad:
+        raise UnsupportedError("blocks left out on the way have no gradient; for training give a plan with skip=None")
     choice = choose(
         plan,
         q_BHND,
         impl=impl,
-        needs_grad=differentiable(q_BHND, k_BHND, v_BHND),
+        needs_grad=needs_grad,
         needs_lse=needs_lse or plan.summary,
         drops_keys=key_valid is not None,
     )

@@ -22,8 +22,8 @@ OWN = (
         cpu_tile.refuse,
         rough_lse=True,
     ),
-    Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, cpu.refuse),
-    Kernel("triton", "NVIDIA GPUs, forward and backward", triton.attention, triton.absent, triton.refuse),
+    Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, cpu.refuse, skips=True),
+    Kernel("triton", "NVIDIA GPUs, forward and backward", triton.attention, triton.absent, triton.refuse, skips=True),
     Kernel(
         "reference",
         "any device; memory grows with the square of the tokens",
@@ -31,6 +31,7 @@ OWN = (
         lambda: None,
         lambda needs: None,
         summarises=True,
+        skips=True,
     ),
 )
 KERNELS = (*OWN, *VENDOR)
@@ -95,7 +96,13 @@ def _refusal(kernel: Kernel, needs: Needs, *, named: bool) -> str | None:
     """Why a kernel does not run a call. One that ``auto`` never takes is looked into only when it is named."""
     if kernel.by_name is not None and not named:
         return kernel.by_name
-    return kernel.absent() or kernel.refuse(needs) or proof.fault(kernel, needs)
+    return kernel.absent() or _unskipping(kernel, needs) or kernel.refuse(needs) or proof.fault(kernel, needs)
+
+
+def _unskipping(kernel: Kernel, needs: Needs) -> str | None:
+    if needs.plan.skip is None or kernel.skips:
+        return None
+    return "it leaves no blocks out while it computes, and the plan has skip set"
 
 
 def _unproved(kernel: Kernel) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from falloff.kernels import skip
 from falloff.kernels.launch import Chunk, Launch, launch
 from falloff.kernels.merge import merge
 from falloff.kernels.needs import Needs
@@ -38,9 +39,15 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def attention(
     plan: Plan, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, key_valid_BN: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As the reference, at a cost proportional to the plan's density. Differentiable through out and LSE."""
+    """As the reference, at a cost proportional to the plan's density. Differentiable through out and LSE.
+
+    With ``skip`` the first product is made twice: for the decision, then for what remains, which takes longer than
+    to leave out nothing.
+    """
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHND, k_BHND, v_BHND))
-    if plan.density == 1 and key_valid_BN is None and not differentiable:
+    if plan.skip is not None:
+        plan = skip.remaining(plan, skip.late_in_rows(plan, q_BHND, k_BHND, scale, key_valid_BN))
+    elif plan.density == 1 and key_valid_BN is None and not differentiable:
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q_BHND, k_BHND, v_BHND))
         out, lse = _flash(q, k, v, scale=scale)  # which takes any other stride, and silently misreads this one
         return out, lse
@@ -61,8 +68,12 @@ def in_units(
 
 
 def refuse(needs: Needs) -> str | None:
-    device = needs.q_BHND.device
-    return None if device.type == "cpu" else f"it runs on CPUs, the tensors are on {device}"
+    device, plan = needs.q_BHND.device, needs.plan
+    if device.type != "cpu":
+        return f"it runs on CPUs, the tensors are on {device}"
+    if plan.skip is not None and not (isinstance(plan.q_sizes, int) and isinstance(plan.kv_sizes, int)):
+        return "to leave blocks out while it computes it needs blocks of one size, the plan's vary"
+    return None
 
 
 def gather(x_UTD: Tensor, units_RM: Tensor, into: Tensor | None = None) -> Tensor:

@@ -19,7 +19,8 @@ class Kernel(NamedTuple):
     """One way to run a plan. ``absent`` says why it cannot run on this machine, ``refuse`` why not this call.
 
     ``rough_lse``: its LSE is no more exact than bfloat16 scores allow; ``auto`` then leaves it to calls without one.
-    ``summarises``: it runs a plan's summary itself; for others that is done above them.
+    ``summarises``: it runs a plan's summary itself; for others that is done above them. ``skips``: it can leave blocks
+    out while it computes, as a plan's ``skip`` asks.
     ``by_name``: why ``auto`` never takes it. ``trial``: for a foreign kernel, the call that shows whether it can be
     believed on this machine; it is tried like that before its first use, and may be off by ``tolerance`` (relative).
     """
@@ -31,6 +32,7 @@ class Kernel(NamedTuple):
     refuse: Callable[[Needs], str | None]
     rough_lse: bool = False
     summarises: bool = False
+    skips: bool = False
     by_name: str | None = None
     trial: Callable[[], Trial] | None = None
     tolerance: float = 1e-2

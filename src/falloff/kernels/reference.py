@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from falloff.kernels import skip
 from falloff.plan import Plan
 
 
@@ -16,16 +17,17 @@ def attention(
     ``out_i = sum_j P_ij v_j`` with ``P_ij = exp(s_ij - lse_i)``, ``s = scale q k^T`` and
     ``lse_i = log(sum_j exp(s_ij))``, j over the keys that i keeps; 0 and -inf where there are none. Memory grows
     with Nq * Nkv: for tests and small sequences. A plan's summary is one more key and value for every block, which
-    the queries that skip the block see.
+    the queries that skip the block see. With ``skip`` the blocks that come too late are none of those kept.
     """
     exact = torch.promote_types(q_BHND.dtype, torch.float32)
     q, k, v = (x.to(exact) for x in (q_BHND, k_BHND, v_BHND))
-    kept = plan.mask()
-    if key_valid_BN is not None:
-        valid = key_valid_BN[:, None, :, None]
-        kept = kept & key_valid_BN[:, None, None, :]
-        k, v = k.masked_fill(~valid, 0), v.masked_fill(~valid, 0)  # 0 * NaN would leak otherwise
+    valid_keys = None if key_valid_BN is None else key_valid_BN[:, None, None, :]
+    if valid_keys is not None:
+        k, v = (x.masked_fill(~valid_keys.mT, 0) for x in (k, v))  # 0 * NaN would leak otherwise
     logits = scale * (q @ k.mT)
+    if plan.skip is not None:
+        plan = skip.remaining(plan, skip.late_blocks(plan, logits, key_valid_BN))
+    kept = plan.mask() if valid_keys is None else plan.mask() & valid_keys
     if plan.summary:
         k_mean, v_mean, count = _means(plan, k, v, key_valid_BN)
         skipped = ~plan.blocks_seen(plan.q_block_of()) & (count > 0)[..., None, :]

@@ -22,7 +22,7 @@ from falloff.plan import Plan
 WORKING_BYTES = 256 << 20
 """Held at once beside queries, keys, values and results."""
 PAIR_BYTES, TOKEN_BYTES = 16, 24
-"""Of one query and block: scores, weights and whether it is skipped. Of one query's channel: copies and results."""
+"""Of one query and block: scores, weights and what is added. Of one query's channel: copies and results."""
 
 
 class Summary(NamedTuple):
@@ -43,19 +43,19 @@ def with_summary(
     kept: Branch,
 ) -> Branch:
     """The result over the kept blocks, merged with the means of the blocks that each query skips. Differentiable."""
-    summary = summarise(plan, k_BHND, v_BHND, key_valid_BN)
+    means = summarise(plan, k_BHND, v_BHND, key_valid_BN)
     batch, heads, length, head_dim = q_BHND.shape
     skipped, q_block = ~plan.blocks.dense(), plan.q_block_of()
     token_bytes = PAIR_BYTES * skipped.shape[3] + TOKEN_BYTES * head_dim
     chunk = max(1, WORKING_BYTES // token_bytes)
     results = []
     for group in groups_within(batch, heads, min(chunk, length) * token_bytes, WORKING_BYTES):
+        bias = means.log_size[group][:, None].masked_fill(~of_group(skipped, group), -torch.inf)
+        k, v = means.k[group], means.v[group]
         parts = []
         for tokens in (slice(start, start + chunk) for start in range(0, length, chunk)):
-            q_block_Hn = of_group(q_block, group)[:, tokens, None]
-            rows = of_group(skipped, group).gather(1, q_block_Hn.expand(-1, -1, skipped.shape[3]))
-            means = Summary(*(x[group] for x in summary))
-            parts.append(_add(q_BHND[group][:, tokens], rows, means, scale, [x[group][:, tokens] for x in kept]))
+            rows = _rows(bias, of_group(q_block, group)[:, tokens])
+            parts.append(_add(q_BHND[group][:, tokens], k, v, rows, scale, [x[group][:, tokens] for x in kept]))
         results.append([torch.cat(part, 1) for part in zip(*parts, strict=True)])
     out, lse = (
         torch.cat(result).view(*kept[0].shape[:3], *result[0].shape[2:]) for result in zip(*results, strict=True)
@@ -89,26 +89,48 @@ def summarise(plan: Plan, k_BHND: Tensor, v_BHND: Tensor, key_valid_BN: Tensor |
     return Summary(k.view(*lead, head_dim), v.view(*lead, head_dim), log_size.view(lead))
 
 
-def _add(q_HnD: Tensor, skipped_HnT: Tensor, means: Summary, scale: float, kept: list[Tensor]) -> Branch:
-    """Merge what a chunk of queries kept with the means that it skipped; scores are made again for a gradient."""
-    tensors = (q_HnD, skipped_HnT, *means, *kept)
+def _rows(bias_HQT: Tensor, q_block_Hn: Tensor) -> Tensor:
+    """What each query adds to its scores, [H, n, T], from what its block adds."""
+    heads, blocks, _ = bias_HQT.shape
+    place = q_block_Hn + blocks * torch.arange(heads, device=bias_HQT.device)[:, None]
+    return bias_HQT.flatten(0, 1).index_select(0, place.flatten()).view(heads, -1, bias_HQT.shape[2])
+
+
+def _add(q_HnD: Tensor, k_HTD: Tensor, v_HTD: Tensor, bias_HnT: Tensor, scale: float, kept: list[Tensor]) -> Branch:
+    """Merge what a chunk of queries kept with the means that it skipped.
+
+    ``bias_HnT``: log of a block's tokens, -inf where it is kept. Scores are made again for a gradient.
+    """
+    tensors = (q_HnD, k_HTD, v_HTD, bias_HnT, *kept)
     if differentiable(*tensors):
         again: Branch = checkpoint(_merged, scale, *tensors, use_reentrant=False, preserve_rng_state=False)
         return again
     return _merged(scale, *tensors)
 
 
-def _merged(
-    scale: float, q: Tensor, skipped: Tensor, k: Tensor, v: Tensor, log_size: Tensor, out: Tensor, lse: Tensor
-) -> Branch:
-    scores = scale * product(q, k.to(q.dtype).mT) + log_size[:, None]
-    scores = scores.masked_fill(~skipped, -torch.inf)
-    empty = (scores == -torch.inf).all(-1, keepdim=True)
-    scores = scores.masked_fill(empty, 0)
+def _merged(scale: float, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor, lse: Tensor) -> Branch:
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    flash = q.device.type == "cpu" and not differentiable(q, k, v)
+    answer, total = (_flash_means if flash else _means)(scale, q, k, v, bias)
+    empty = (bias == -torch.inf).all(-1)
+    answer, total = answer.masked_fill(empty[..., None], 0), total.masked_fill(empty, -torch.inf)
+    return merge((out, lse), (answer, total))
+
+
+def _means(scale: float, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Branch:
+    scores = scale * product(q, k.mT) + bias
+    scores = scores.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0)  # whose answer nobody sees
     total = scores.logsumexp(-1)
-    weights = (scores - total[..., None]).exp().masked_fill(empty, 0)
-    answer = product(weights.to(q.dtype), v.to(q.dtype))
-    return merge((out, lse), (answer, total.masked_fill(empty[..., 0], -torch.inf)))
+    weights = (scores - total[..., None]).exp()
+    return product(weights.to(q.dtype), v), total
+
+
+def _flash_means(scale: float, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Branch:
+    """The same in one pass by PyTorch's operator for CPUs: with few means, passes over the scores would be the cost."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q = q if q.stride(-1) == 1 else q.contiguous()  # it silently misreads other strides
+    answer, total = flash(q[:, None], k[:, None], v[:, None], attn_mask=bias[:, None], scale=scale)
+    return answer[:, 0], total[:, 0]
 
 
 def _sums(x_ND: Tensor, lengths_T: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falloff.kernels.needs import Needs
+from falloff.kernels.skip import PROTECTED
 from falloff.kernels.triton_lists import PACKED_TOKENS, Lists, Side, lists, orders
-from falloff.kernels.triton_tiles import HEAD_DIMS, Pass, Tile, architecture, tile_for
+from falloff.kernels.triton_tiles import HEAD_DIMS, Pass, Tile, architecture, tile_for, tiles_for, whole_blocks
 from falloff.plan import Plan
 
 MAX_HEAD_DIM = HEAD_DIMS[-1]
@@ -49,7 +50,20 @@ def refuse(needs: Needs) -> str | None:
         return f"it takes head dims up to {MAX_HEAD_DIM}, the tensors have {q.shape[3]}"
     if max(plan.q_len, plan.kv_len) > PACKED_TOKENS:
         return f"it takes up to {PACKED_TOKENS} tokens, the plan has {plan.q_len} queries and {plan.kv_len} keys"
+    if plan.skip is not None:
+        return _refuse_skipping(plan, q)
     return None
+
+
+def _refuse_skipping(plan: Plan, q: Tensor) -> str | None:
+    arch, dtype = _machine(q)
+    if whole_blocks(arch, q.shape[3], dtype, plan.q_sizes, plan.kv_sizes) is not None:
+        return None
+    tiles = tiles_for(arch, "forward", q.shape[3], dtype)
+    return (
+        f"to leave blocks out while it computes it needs uniform blocks of at most {tiles[0].own} queries, and of 16 "
+        f"keys or twice as many up to {tiles[0].other}"
+    )
 
 
 def interpreting() -> bool:
@@ -80,7 +94,8 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         with _on(q.device):
-            _launch(forward_kernel, "forward", plan, (q, k, v, out, lse), (q, k, v, out), scale, key_valid)
+            skipping = {"skip": plan.skip or 0.0, "PROTECTED": None if plan.skip is None else PROTECTED}
+            _launch(forward_kernel, "forward", plan, (q, k, v, out, lse), (q, k, v, out), scale, key_valid, **skipping)
         ctx.save_for_backward(q, k, v, out, lse, key_valid)
         ctx.plan, ctx.scale = plan, scale
         ctx.set_materialize_grads(False)
@@ -116,8 +131,12 @@ def _launch(
     strided: tuple[Tensor, ...],
     scale: float,
     key_valid: Tensor | None,
+    **skipping: float | None,
 ) -> None:
-    """Run a kernel over the tasks of its side. ``strided``: the tensors [B, H, N, D] whose strides it is told."""
+    """Run a kernel over the tasks of its side. ``strided``: the tensors [B, H, N, D] whose strides it is told.
+
+    ``skipping``: what the forward kernel must know to leave blocks out.
+    """
     batch, heads, q_len, head_dim = tensors[0].shape
     listed, tile = _work(phase, plan, tensors[0])
     q_order, kv_order = orders(plan)
@@ -148,6 +167,7 @@ def _launch(
         Q_ORDERED=q_order is not None,
         KV_ORDERED=kv_order is not None,
         VALID=key_valid is not None,
+        **skipping,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,  # the default of Triton 3.9, which warns of another to come
@@ -155,9 +175,11 @@ def _launch(
 
 
 def _work(phase: Pass, plan: Plan, q: Tensor) -> tuple[Lists, Tile]:
-    arch, dtype = 80, torch.float16  # the interpreter knows no limits, so it runs any tiles
-    if q.is_cuda:
-        arch, dtype = architecture(torch.cuda.get_device_capability(q.device)), q.dtype
+    arch, dtype = _machine(q)
+    if plan.skip is not None:
+        tile = whole_blocks(arch, q.shape[3], dtype, plan.q_sizes, plan.kv_sizes)
+        assert tile is not None  # else the call was refused
+        return lists(plan, "q", tile.own, tile.other), tile
     side: Side = "kv" if phase == "dkv" else "q"
     length, sizes, count = (
         (plan.q_len, plan.q_sizes, plan.blocks.shape[2])
@@ -166,6 +188,13 @@ def _work(phase: Pass, plan: Plan, q: Tensor) -> tuple[Lists, Tile]:
     )
     tile = tile_for(arch, phase, q.shape[3], dtype, sizes, length / count)
     return lists(plan, side, tile.own, tile.other), tile
+
+
+def _machine(q: Tensor) -> tuple[int, torch.dtype]:
+    """Architecture and type that tiles are chosen for; the interpreter knows no limits, so it runs any."""
+    if not q.is_cuda:
+        return 80, torch.float16
+    return architecture(torch.cuda.get_device_capability(q.device)), q.dtype
 
 
 def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:

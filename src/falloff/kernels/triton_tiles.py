@@ -16,6 +16,8 @@ Pass = Literal["forward", "dq", "dkv"]
 
 HEAD_DIMS = (128, 256)
 """Largest head dim of each class: smaller heads run on the same tiles, with registers and memory to spare."""
+TILES_OF_KEYS = (16, 32, 64)
+"""Keys that tensor cores multiply at once, in a tile of the tables or a narrower one."""
 RAGGED = 512
 """Mean block size from which large tiles suit blocks that do not fill them: a block's last is half empty on average."""
 
@@ -64,6 +66,20 @@ def tile_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype, sizes: S
     tiles = tiles_for(arch, phase, head_dim, dtype)
     filled = (tile for tile in tiles if mean >= RAGGED or (isinstance(sizes, int) and sizes % tile.own == 0))
     return next(filled, tiles[-1])
+
+
+def whole_blocks(arch: int, head_dim: int, dtype: torch.dtype, q_sizes: Sizes, kv_sizes: Sizes) -> Tile | None:
+    """The smallest forward tile that holds a whole block of queries and just one block of keys.
+
+    Such a tile can leave a block out. ``None`` where there is none: the chip's tiles are smaller, or a block of keys is
+    no tile of theirs.
+    """
+    if not isinstance(q_sizes, int) or not isinstance(kv_sizes, int):
+        return None
+    holding = [tile for tile in tiles_for(arch, "forward", head_dim, dtype) if tile.own >= q_sizes]
+    if not holding or kv_sizes not in TILES_OF_KEYS or kv_sizes > holding[-1].other:
+        return None
+    return holding[-1]._replace(other=kv_sizes)
 
 
 def architecture(capability: tuple[int, int]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from falloff.methods.adaspa import AdaSpa
 from falloff.methods.anchor import Anchor
 from falloff.methods.base import Call, Dense, Method, State
+from falloff.methods.by_layer import ByLayer
 from falloff.methods.contour import Contour
 from falloff.methods.full import Full
 from falloff.methods.hyper import Hyper
@@ -18,6 +19,7 @@ from falloff.methods.sla import SLA
 from falloff.methods.sla2 import SLA2
 from falloff.methods.sparge import SpargeAttn
 from falloff.methods.sta import SlidingTile
+from falloff.methods.sta_windows import TileWindows
 from falloff.methods.svg1 import SVG1
 from falloff.methods.svg2 import SVG2
 from falloff.methods.vsa import VSA
@@ -34,6 +36,8 @@ METHODS: dict[str, type[Method]] = {
         AdaSpa,
         Router,
         SlidingTile,
+        TileWindows,
+        ByLayer,
         XAttention,
         SpargeAttn,
         VSA,
@@ -72,6 +76,7 @@ __all__ = [
     "VSA",
     "AdaSpa",
     "Anchor",
+    "ByLayer",
     "Call",
     "Contour",
     "Dense",
@@ -83,6 +88,7 @@ __all__ = [
     "SlidingTile",
     "SpargeAttn",
     "State",
+    "TileWindows",
     "XAttention",
     "get",
 ]

@@ -47,6 +47,7 @@ class AdaSpa(Method):
     """
 
     name: ClassVar[str] = "adaspa"
+    dial: ClassVar[str | None] = "sparsity"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "sparsity": Span(0.3, 0.95),
         "block": Choices((32, 64, 128)),

@@ -41,6 +41,7 @@ class Anchor(Method):
     """
 
     name: ClassVar[str] = "anchor"
+    dial: ClassVar[str | None] = "theta"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "theta": Span(0.0, 14.0),
         "block": Choices((32, 64, 128)),

@@ -83,6 +83,8 @@ class Method(ABC):
     """What stays dense unless the user says otherwise."""
     knobs: ClassVar[Mapping[str, Span | Choices]] = {}
     """Settings that trade fidelity for time, and where to look for good ones."""
+    dial: ClassVar[str | None] = None
+    """The one knob, a ``Span``, that takes plans from sparse to dense, and that layers may thus differ in."""
 
     @abstractmethod
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:

@@ -36,8 +36,8 @@ from falloff.schedule import Schedule
 
 LOOK_BYTES = 128 << 20
 """Weights held at once during a look."""
-WEIGHT_BYTES = 20
-"""Of one query and key: its logit, weight and square, and the two side by side."""
+WEIGHT_BYTES = 8
+"""Of one query and key: its weight, in place of its logit, and what sums need on the way."""
 MOST_CLUSTERS = 1000
 
 
@@ -48,7 +48,7 @@ class Contour(Method):
     density: share of the token pairs of a layer that is computed, above 0 and at most 1; every query sees one cluster
         at least.
     q_tokens, k_tokens: tokens a cluster of queries and of keys on average, of at most 1000 clusters.
-    queries: of every cluster that are looked at.
+    queries: of every cluster that are looked at; what a look costs and what it is worth grow with their share.
     look_every: steps from one look to the next, or their share of all steps when a float.
     first_iterations: k-means iterations of a layer's first look; iterations: of every later one.
     seed: of the tokens that k-means starts from.
@@ -56,6 +56,7 @@ class Contour(Method):
 
     name: ClassVar[str] = "contour"
     schedule: ClassVar[Schedule] = Schedule(dense_first=0.25, dense_layers=())
+    dial: ClassVar[str | None] = "density"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "density": Span(0.03, 0.5, log=True),
         "q_tokens": Choices((32, 64, 128)),
@@ -64,9 +65,9 @@ class Contour(Method):
     }
 
     density: float = 0.2
-    q_tokens: int = 64
-    k_tokens: int = 16
-    queries: int = 8
+    q_tokens: int = 128
+    k_tokens: int = 32
+    queries: int = 24
     look_every: int | float = 0.25
     first_iterations: int = 10
     iterations: int = 2
@@ -142,12 +143,13 @@ def spared(looked_BHRD: Tensor, keys_BHND: Tensor, sizes_BHC: Tensor, per_cluste
             some = slice(first * per_cluster, (first + together) * per_cluster)
             queries = looked_BHRD[group][:, some] * head_dim**-0.5
             logits = product(keys, queries.mT)  # keys down, so that clusters are consecutive rows
-            lse = logits.logsumexp(1, keepdim=True)
-            weights = logits.sub_(lse).exp_()
-            both = _by_cluster(torch.cat([weights, weights.square()], -1), lengths)
-            mean, square = both.chunk(2, -1)
-            at_mean = (means @ queries.to(exact).mT - lse).exp()
+            top = logits.amax(1, keepdim=True)
+            weights = logits.sub_(top).exp_()  # in place, and not yet shares: passes over them are what a look costs
+            mean = _by_cluster(weights, lengths)
+            square = _by_cluster(weights.square_(), lengths)
+            at_mean = (means @ queries.to(exact).mT - top).exp()
             error = (square - 2 * at_mean * mean + at_mean.square()).clamp(min=0)
+            error = error / (mean * lengths[..., None]).sum(1, keepdim=True).square()
             error = error.masked_fill((lengths == 0)[..., None], 0)
             by_cluster = error.view(*error.shape[:2], -1, per_cluster).mean(-1)
             worth[group][:, first : first + together] = by_cluster.mT

@@ -17,8 +17,8 @@ from torch import Tensor
 from falloff.kernels.groups import WORKING_BYTES
 from falloff.kernels.product import product
 
-KEY_BYTES = 20
-"""Of one query cluster and key: its logit, weight and square, and the two side by side."""
+KEY_BYTES = 8
+"""Of one query cluster and key: its weight, in place of its logit, and what sums need on the way."""
 
 
 def error_per_pair(q_HCD: Tensor, keys_HND: Tensor, sizes_HC: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def error_per_pair(q_HCD: Tensor, keys_HND: Tensor, sizes_HC: Tensor) -> Tensor:
         top = at_keys.amax(1, keepdim=True)  # the same for a whole row, so that it cancels in a comparison
         at_keys = at_keys.sub_(top).exp_()
         at_mean = (means @ centers.mT - top).exp()
-        both = torch.cat([at_keys, at_keys.square()], -1).flatten(0, 1)
-        first, second = segment_means(both, lengths).view(heads, -1, both.shape[1]).chunk(2, -1)
+        first = segment_means(at_keys.flatten(0, 1), lengths).view(at_mean.shape)
+        second = segment_means(at_keys.square_().flatten(0, 1), lengths).view(at_mean.shape)
         error = (at_mean.square() - 2 * at_mean * first + second).clamp(min=0)
         errors.append(error.masked_fill((sizes_HC == 0)[..., None], 0).mT)
     return torch.cat(errors, 1)

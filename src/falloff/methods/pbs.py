@@ -43,6 +43,7 @@ class PBS(Method):
     """
 
     name: ClassVar[str] = "pbs"
+    dial: ClassVar[str | None] = "tau"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "tau": Span(0.3, 0.98),
         "segment": Choices(("video", "frame")),

@@ -55,6 +55,7 @@ class Radial(Method):
     name: ClassVar[str] = "radial"
     static: ClassVar[bool] = True
     needs_frames: ClassVar[bool] = True
+    dial: ClassVar[str | None] = "decay"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "decay": Span(0.05, 1.0, log=True),
         "block": Choices(("auto", 32, 64, 128)),

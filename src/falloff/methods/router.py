@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from falloff.methods.base import Call, Choices, Dense, Method, Span, State
+from falloff.methods.nested import Given, ask, method_of, plain
 from falloff.methods.radial import Radial
 from falloff.methods.routing import output_errors, route, sampled_queries
 from falloff.methods.svg1 import SVG1
 from falloff.plan import Plan
-
-Candidate = str | Method | dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +35,14 @@ class Router(Method):
     needs_frames: ClassVar[bool] = True
     knobs: ClassVar[Mapping[str, Span | Choices]] = {"tolerance": Span(0.0, 0.3), "rows": Choices((16, 64))}
 
-    candidates: tuple[Candidate, ...] = field(default=(Radial(), SVG1()))
+    candidates: tuple[Given, ...] = field(default=(Radial(), SVG1()))
     tolerance: float = 0.0
     rows: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
         given = self.candidates if isinstance(self.candidates, tuple | list) else (self.candidates,)
-        object.__setattr__(self, "candidates", tuple(_method(candidate) for candidate in given))
+        object.__setattr__(self, "candidates", tuple(method_of(candidate) for candidate in given))
         if not self.candidates:
             raise ValueError("candidates is empty; name at least one method to choose from")
         learning = [each.name for each in self.candidates if isinstance(each, Method) and each.learns]
@@ -58,13 +57,13 @@ class Router(Method):
 
     def settings(self) -> dict[str, Any]:
         """Candidates with default settings by their names."""
-        plain = [_plain(candidate) for candidate in self.candidates if isinstance(candidate, Method)]
-        return {"candidates": plain, "tolerance": self.tolerance, "rows": self.rows, "seed": self.seed}
+        plainly = [plain(candidate) for candidate in self.candidates if isinstance(candidate, Method)]
+        return {"candidates": plainly, "tolerance": self.tolerance, "rows": self.rows, "seed": self.seed}
 
     @torch.no_grad()
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         answers = [
-            self._answer(number, candidate, call, (q_BHND, k_BHND, v_BHND), state)
+            ask(candidate, ("candidate", number), call, (q_BHND, k_BHND, v_BHND), state)
             for number, candidate in enumerate(self.candidates)
             if isinstance(candidate, Method)
         ]
@@ -74,36 +73,3 @@ class Router(Method):
         queries = sampled_queries(call.sequence, self.rows, self.seed).to(q_BHND.device)
         errors = output_errors(plans, call.sequence, q_BHND, k_BHND, v_BHND, queries)
         return route(plans, errors, state, self.tolerance)
-
-    def _answer(
-        self, number: int, candidate: Method, call: Call, tensors: tuple[Tensor, Tensor, Tensor], state: State
-    ) -> Plan | Dense:
-        """A candidate's own plan; a static one's is the same for every layer and step."""
-        q = tensors[0]
-        if not candidate.static:
-            own = state.values.setdefault(("candidate", number), State(shared=state.shared))
-            return candidate.plan(call, *tensors, own)
-        key = (candidate, call.sequence, q.device)
-        if key not in state.shared:
-            made = candidate.plan(call, *tensors, State())
-            state.shared[key] = made.to(q.device) if isinstance(made, Plan) else made
-        answer: Plan | Dense = state.shared[key]
-        return answer
-
-
-def _method(candidate: Candidate) -> Method:
-    from falloff.methods import get  # which knows this file
-
-    if isinstance(candidate, Method):
-        return candidate
-    if isinstance(candidate, str):
-        return get(candidate)
-    if isinstance(candidate, dict) and "name" in candidate:
-        return get(**candidate)
-    raise ValueError(f'candidates must be methods, names or {{"name": ..., setting: value}}, got {candidate!r}')
-
-
-def _plain(method: Method) -> str | dict[str, Any]:
-    usual = type(method)().settings()
-    changed = {name: value for name, value in method.settings().items() if value != usual[name]}
-    return {"name": method.name, **changed} if changed else method.name

@@ -72,15 +72,16 @@ def route(plans: tuple[Plan, ...], errors_PBH: Tensor, state: State, tolerance: 
 def merged(plans: Several[Plan], choice_BH: Tensor) -> Plan:
     """One plan in which every head has the map, order and blocks of the plan that ``choice_BH`` [B, H] names.
 
-    Plans of fewer blocks get empty ones. Raises ``PlanError`` for plans of other lengths, and those with a summary.
+    Plans of fewer blocks get empty ones. Raises ``PlanError`` for other lengths, those with a summary, and with skip.
     """
     first = plans[0]
     for plan in plans:
-        if (plan.q_len, plan.kv_len) != (first.q_len, first.kv_len) or plan.summary or plan.partial:
+        special = plan.summary or plan.partial or plan.skip is not None
+        if (plan.q_len, plan.kv_len) != (first.q_len, first.kv_len) or special:
             raise PlanError(
-                f"plans to choose from must be complete, without a summary, and all over {first.q_len} queries and "
-                f"{first.kv_len} keys, got {plan.q_len} and {plan.kv_len}, summary={plan.summary}, "
-                f"partial={plan.partial}"
+                f"plans to choose from must be complete, without summary and skip, and all over {first.q_len} queries "
+                f"and {first.kv_len} keys, got {plan.q_len} and {plan.kv_len}, summary={plan.summary}, "
+                f"partial={plan.partial}, skip={plan.skip}"
             )
     q_blocks, kv_blocks = (max(plan.blocks.shape[axis] for plan in plans) for axis in (2, 3))
     maps = [

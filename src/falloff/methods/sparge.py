@@ -1,4 +1,4 @@
-"""SpargeAttn (arXiv:2502.18137), first stage: blocks predicted from block means, where means speak for their blocks.
+"""SpargeAttn (arXiv:2502.18137): blocks predicted from block means, where means speak for their blocks.
 
 Keys are first freed of their mean, K <- K - mean(K). With means p_i of query blocks and p_j of key blocks,
 
@@ -12,10 +12,14 @@ every block whose self-similarity
 
 is not above ``theta`` is computed throughout: all of its row if it holds queries, all of its column if it holds keys,
 which then takes no part in the softmax.
+
+That is the first stage. In the second, with ``skip``, a kernel leaves further blocks out while it computes: those whose
+weights would all be below 2^-skip of the largest that their queries have met before (``falloff.kernels.skip``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -45,9 +49,12 @@ class SpargeAttn(Method):
     theta: the self-similarity that a block must exceed to be predicted; below 0 all are. The published code has
         -0.1 with "topk", and 0.6 with "mass_le". Legal: -1 to 1.
     q_block, kv_block: tokens of a block of queries and of keys. A shorter last block is judged by its own tokens.
+    skip: bits of the second stage, at least 0; the published code has 50, next to nothing, and tunes from 0 up. It
+        gains on GPUs only, and for inference only. ``None`` leaves the second stage out.
     """
 
     name: ClassVar[str] = "sparge"
+    dial: ClassVar[str | None] = "keep"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "mode": Choices(get_args(Mode)),
         "keep": Span(0.05, 0.95),
@@ -63,6 +70,7 @@ class SpargeAttn(Method):
     theta: float = -0.1
     q_block: int = 128
     kv_block: int = 64
+    skip: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -73,11 +81,16 @@ class SpargeAttn(Method):
             raise ValueError(f"theta = {self.theta} is outside -1.0 to 1.0")
         check_count("q_block", self.q_block)
         check_count("kv_block", self.kv_block)
+        if self.skip is not None and (isinstance(self.skip, bool) or not self.skip >= 0):
+            raise ValueError(f"skip = {self.skip!r} must be a number of bits of at least 0, or None")
 
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
-        return predicted(
+        plan = predicted(
             call.sequence, self.q_block, self.kv_block, q_BHND, k_BHND, lambda q, k: Prediction(self.block_map(q, k))
         )
+        if isinstance(plan, Dense) or self.skip is None:
+            return plan
+        return dataclasses.replace(plan, skip=self.skip)
 
     def block_map(self, q_BHND: Tensor, k_BHND: Tensor) -> Tensor:
         """Which pairs of blocks are computed, bool [B, H, Tq, Tk]."""

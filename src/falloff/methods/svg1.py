@@ -38,6 +38,7 @@ class SVG1(Method):
 
     name: ClassVar[str] = "svg1"
     needs_frames: ClassVar[bool] = True
+    dial: ClassVar[str | None] = "density"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "density": Span(0.05, 0.6),
         "block": Choices((32, 64, 128)),

@@ -48,6 +48,7 @@ class VSA(Method):
     """
 
     name: ClassVar[str] = "vsa"
+    dial: ClassVar[str | None] = "sparsity"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "sparsity": Span(0.3, 0.95),
         "tile": Choices(("auto", (2, 4, 4), (2, 2, 4), (2, 2, 2))),

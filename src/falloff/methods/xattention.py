@@ -39,6 +39,7 @@ class XAttention(Method):
     """
 
     name: ClassVar[str] = "xattention"
+    dial: ClassVar[str | None] = "tau"
     knobs: ClassVar[Mapping[str, Span | Choices]] = {
         "tau": Span(0.3, 0.98),
         "stride": Choices((4, 8, 16)),

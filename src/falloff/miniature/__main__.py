@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan
 from rich import print_json
 
 from falloff.miniature import autoencoder, checkpoint, path, transformer
+from falloff.miniature.clips import write_clips
 from falloff.miniature.measure import measure as measure_all
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -60,6 +61,18 @@ def measure(
     beside.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(beside, work / "measured.json")
     print_json(data={k: v for k, v in found.items() if k != "prompts"})
+
+
+@app.command()
+def clips(
+    folder: Annotated[Path, typer.Argument(help="Where the videos go.")],
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
+    frames: Annotated[int, typer.Option(min=1, help="Of each.")] = 257,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same clips.")] = 0,
+) -> None:
+    """Write videos of the miniature's world with their captions, to tune it on."""
+    write_clips(folder, count, frames, seed)
+    print(f"wrote {count} videos of {frames} frames with captions to {folder}")
 
 
 if __name__ == "__main__":

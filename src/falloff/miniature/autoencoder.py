@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from falloff.miniature import digits
 from falloff.miniature.muon import optimizers, set_rate
-from falloff.miniature.state import load_state, save_state, seeded
+from falloff.training_state import load_state, save_state, seeded
 
 SPREAD = 0.1  # the posterior's standard deviation, where latents have about 1
 CANVAS, CROP = 96, 64  # px

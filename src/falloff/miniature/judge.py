@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 
 from falloff.miniature import digits
 from falloff.miniature.digits import COLOURS, GLYPH, Floats, Wish
-from falloff.miniature.state import seeded
+from falloff.training_state import seeded
 
 BRIGHT = 0.35  # a pixel whose strongest channel is above this belongs to a digit
 FEWEST = 60  # px: less of a colour than this in a frame is not a digit (the thinnest 1 has about 250)
@@ -58,7 +59,7 @@ def train_classifier(file: Path, steps: int = 1500) -> torch.nn.Module:
     """The classifier from `file`, trained there first from a fixed seed if it is missing."""
     model = seeded(build_classifier)
     if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
+        model.load_state_dict(load_file(file))
         return model.eval()
     rng = np.random.default_rng(8)
     indices = np.array([i for d in range(10) for i in digits.training_scans(d)])
@@ -72,7 +73,7 @@ def train_classifier(file: Path, steps: int = 1500) -> torch.nn.Module:
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
-    torch.save(model.state_dict(), file)
+    save_file(model.state_dict(), file)
     return model.eval()
 
 

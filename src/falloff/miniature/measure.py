@@ -159,7 +159,7 @@ def measure(
     pipe = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     arguments = call_arguments(folder) | changes
-    classifier = train_classifier(work / "judge.pt")
+    classifier = train_classifier(work / "judge.safetensors")
     found: dict[str, Any] = {"machine": machine(), "call": arguments, **sizes(pipe, folder)}
     found |= fidelity(pipe.vae, classifier, count=16, frames=33)
     found |= attention_share(pipe, arguments)

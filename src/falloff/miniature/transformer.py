@@ -23,7 +23,7 @@ from falloff.miniature import text
 from falloff.miniature.autoencoder import CHANNELS
 from falloff.miniature.muon import optimizers, set_rate
 from falloff.miniature.pool import Pool, Recipe, load
-from falloff.miniature.state import load_state, save_state, seeded
+from falloff.training_state import load_state, save_state, seeded
 
 SMALL = Recipe("small", size=64, frames=9, clips=4000, pairs=0.0, composed=0.0)
 # Two digits are what is hard: which colour, digit and direction belong together is learnt from pairs alone.

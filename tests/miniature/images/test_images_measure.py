@@ -2,18 +2,15 @@ import pytest
 import torch
 
 from falloff.decoding import LPDPipeline
-from falloff.miniature import judge
 from falloff.miniature.digits import held_out_scans, training_scans
 from falloff.miniature.images import measure, tokenizer, transformer
 from falloff.miniature.images.pictures import pictures
-from falloff.miniature.state import seeded
+from falloff.training_state import seeded
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> measure.Judge:
-    file = tmp_path_factory.mktemp("judge") / "judge.pt"
-    judge.train_classifier(file, steps=150)
-    return measure.Judge(file)
+def reader() -> measure.Judge:
+    return measure.Judge()
 
 
 def test_frechet_of_normal_distributions_is_the_closed_form() -> None:
@@ -32,14 +29,15 @@ def test_real_pictures_score_well_and_others_do_not(reader: measure.Judge) -> No
     images, labels = pictures(held_out_scans)
     good = reader.score(images, labels)
     assert good["pictures"] == len(images)
-    assert good["accuracy"] > 0.85
+    assert good["accuracy"] > 0.97
     assert reader.score(images, (labels + 1) % 10)["accuracy"] < 0.1
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert reader.score(noise, labels)["frechet"] > 5 * good["frechet"]
     images, labels = pictures(training_scans)
     zeros = labels == 0
     assert reader.score(images[zeros], labels[zeros])["frechet"] > 3 * good["frechet"]
-    assert reader.score(torch.full((2, 1, 64, 64), -1.0), labels[:2])["pictures"] == 2
+    few = reader.score(torch.full((2, 1, 64, 64), -1.0), labels[:2])
+    assert (few["pictures"], few["frechet"]) == (2, None)
 
 
 def test_ways_are_compared(reader: measure.Judge) -> None:

@@ -14,7 +14,7 @@ from falloff.miniature.images import tokenizer, transformer
 from falloff.miniature.images.__main__ import save
 from falloff.miniature.images.pictures import SIDE, TOKEN, pictures
 from falloff.miniature.muon import optimizers
-from falloff.miniature.state import seeded
+from falloff.training_state import seeded
 
 
 def test_pictures_show_digits_in_the_middle() -> None:

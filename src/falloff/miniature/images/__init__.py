@@ -6,3 +6,8 @@ from pathlib import Path
 def path() -> Path:
     """The checkpoint's folder, for `LPDPipeline.from_pretrained`; it is there once one has been trained and shipped."""
     return Path(__file__).parent / "checkpoint"
+
+
+def judge() -> Path:
+    """The classifier that reads its pictures, for `falloff.miniature.images.measure.Judge`."""
+    return Path(__file__).parent / "judge.safetensors"

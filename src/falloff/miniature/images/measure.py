@@ -20,6 +20,7 @@ from torch import Tensor
 from falloff.decoding.pipeline import LPDPipeline
 from falloff.decoding.tokenizer import VQTokenizer
 from falloff.miniature.digits import held_out_scans, training_scans
+from falloff.miniature.images import judge as shipped_judge
 from falloff.miniature.images.pictures import pictures
 from falloff.miniature.images.tokenizer import reconstruct
 from falloff.miniature.judge import crop, train_classifier
@@ -37,10 +38,10 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Judge:
-    """Reads pictures. ``file``: the classifier, trained there first if it is missing."""
+    """Reads pictures. ``file``: the classifier, trained there first if it is missing; the shipped one by default."""
 
-    def __init__(self, file: Path) -> None:
-        classifier = train_classifier(file)
+    def __init__(self, file: Path | None = None) -> None:
+        classifier = train_classifier(file or shipped_judge())
         assert isinstance(classifier, torch.nn.Sequential)
         self.trunk, self.last = classifier[:-2], classifier[-2:]
         self.real = self.features(pictures(training_scans)[0])[0]
@@ -52,11 +53,12 @@ class Judge:
         return maps.mean(dim=(2, 3)).double(), self.last(maps).argmax(dim=1)
 
     def score(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
+        """``frechet`` is ``None`` of no more pictures than features, whose covariance has no full rank."""
         features, read = self.features(images)
         return {
             "pictures": len(images),
             "accuracy": float((read == labels).double().mean()),
-            "frechet": frechet(features, self.real),
+            "frechet": frechet(features, self.real) if len(features) > features.shape[1] else None,
         }
 
 

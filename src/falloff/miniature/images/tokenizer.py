@@ -17,7 +17,7 @@ from falloff.decoding.tokenizer import VQTokenizer
 from falloff.miniature.digits import training_scans
 from falloff.miniature.images.pictures import pictures
 from falloff.miniature.muon import optimizers, set_rate
-from falloff.miniature.state import load_state, save_state, seeded
+from falloff.training_state import load_state, save_state, seeded
 
 CODES = 128
 BATCH = 16

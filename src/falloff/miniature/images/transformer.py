@@ -15,7 +15,7 @@ from falloff.miniature.digits import training_scans
 from falloff.miniature.images.pictures import SIDE, TOKEN, pictures
 from falloff.miniature.images.tokenizer import CODES, encode
 from falloff.miniature.muon import optimizers
-from falloff.miniature.state import seeded
+from falloff.training_state import seeded
 
 RECIPE = Recipe(batch=8, warmup=0.02, decay=0.6, floor=0.02, clip=1.0)
 

@@ -13,26 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from falloff.decoding.cache import Cache
 from falloff.decoding.layout import dense_mask
 from falloff.decoding.sampling import Generators, Guidance, Sampler, guided
 from falloff.decoding.sizes import check_sizes
+from falloff.decoding.static import StaticSteps
 from falloff.decoding.transformer import NO_CLASS, LPDTransformer
 
 OnStep = Callable[[int], None]
 UNKNOWN = -1
 """A token to be decoded, among known ones."""
-
-
-class Cache:
-    """Keys and values of the class and of the tokens decoded so far: [layers, B, H, N + 1, D] each."""
-
-    def __init__(self, model: LPDTransformer, batch: int, device: torch.device) -> None:
-        config = model.config
-        head = config.width // config.heads
-        shape = (config.layers, batch, config.heads, 1 + model.tokens, head)
-        self.keys = torch.zeros(shape, dtype=model.dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self.filled = 0
 
 
 def step(
@@ -78,13 +68,15 @@ def decode(
     generator: Generators = None,
     known_BN: Tensor | None = None,
     on_step: OnStep | None = None,
+    compiled: StaticSteps | None = None,
 ) -> Tensor:
     """Tokens of one image per label, int64 [B, N] in raster order.
 
     ``orders_BN``: a decoding order for each image. ``sizes``: tokens per group, the same for all.
     ``known_BN``: tokens that are given, ``UNKNOWN`` elsewhere; each order must begin with the known cells, and the
     groups they fill are passed over. ``on_step`` is told the number of each group that was decoded, from 0.
-    All is computed on the labels' device.
+    ``compiled``: the model's steps in one shape; without them every step has its own. All is computed on the labels'
+    device.
     Raises ``ValueError`` for labels, orders, sizes or known tokens that do not fit.
     """
     guidance, sampler = guidance or Guidance(), sampler or Sampler()
@@ -99,18 +91,22 @@ def decode(
     placed[:, :done] = known
     copies = 1 if guidance.scale == 1 else 2
     scales = guidance.scales(model.tokens).to(labels_B.device)
-    classes: Tensor | None = labels_B if copies == 1 else torch.cat([labels_B, torch.full_like(labels_B, NO_CLASS)])
-    cache = Cache(model, copies * len(labels_B), labels_B.device)
+    classes = labels_B if copies == 1 else torch.cat([labels_B, torch.full_like(labels_B, NO_CLASS)])
+    batch_on = (len(classes), labels_B.device)
+    cache = Cache(model, *batch_on) if compiled is None else compiled.begin(*batch_on)
     begun, mask = 0, _known_mask(sizes, done).to(labels_B.device) if done else None
     for number, end in enumerate(end for end in accumulate(sizes) if end > done):
         tokens = placed[:, begun:done].repeat(copies, 1)
         cells, asked = (orders_BN[:, a:b].repeat(copies, 1) for a, b in ((begun, done), (done, end)))
-        logits = step(model, cache, classes, tokens, cells, asked, mask)
+        if compiled is None or mask is not None:
+            logits = step(model, cache, classes if number == 0 else None, tokens, cells, asked, mask)
+        else:
+            logits = compiled(cache, classes, tokens, cells, asked, max(sizes))
         if copies == 2:
             cond, uncond = logits.chunk(2)
             logits = guided(cond, uncond, scales[done:end])
         placed[:, done:end] = sampler(logits, generator)
-        begun, done, classes, mask = done, end, None, None
+        begun, done, mask = done, end, None
         if on_step is not None:
             on_step(number)
     return torch.empty_like(placed).scatter_(1, orders_BN, placed)

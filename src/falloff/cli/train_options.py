@@ -1,0 +1,120 @@
+"""Options and steps that the commands of ``falloff train`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from falloff.cli import checkpoint as checkpoints
+from falloff.cli import options, settings
+from falloff.cli.errors import USAGE, CommandError, told
+from falloff.cli.progress import Steps
+
+if TYPE_CHECKING:
+    from falloff.methods.base import Method
+    from falloff.schedule import Schedule
+
+Videos = Annotated[Path, typer.Argument(help="Folder of videos with a .txt beside each, or a .jsonl, or .tar shards.")]
+Method_ = Annotated[
+    str, typer.Option("--method", help="How attention is computed, one of 'falloff methods', or a recipe's .yaml file.")
+]
+InferenceSteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Denoising steps that are tuned for: they tell which stay dense.", show_default=False),
+]
+Rank = Annotated[int, typer.Option(min=1, help="Of the LoRA.")]
+TrainingSteps = Annotated[int, typer.Option("--steps", min=1, help="Steps of training in all.")]
+Batch = Annotated[int, typer.Option(min=1, help="Clips a step, over all GPUs.")]
+Rate = Annotated[float, typer.Option(help="Learning rate.")]
+Ema = Annotated[
+    float | None,
+    typer.Option(help="Decay of an average of the weights, such as 0.99; none unless given.", show_default=False),
+]
+Uncaptioned = Annotated[float, typer.Option(help="Share of clips trained without caption, for guidance.")]
+Validation = Annotated[int, typer.Option(min=0, help="Clips kept out for the validation loss.")]
+Samples = Annotated[int, typer.Option(min=0, help="Of those, clips whose caption a video is made of.")]
+CheckEvery = Annotated[int, typer.Option(min=1, help="Steps between validations.")]
+SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between states to go on from.")]
+Checkpointing = Annotated[
+    bool, typer.Option(help="Compute activations again for the gradient, which needs less memory.")
+]
+Precision = Annotated[str | None, typer.Option(help="no or bf16; bf16 on a GPU unless given.", show_default=False)]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same training.")]
+CacheFolder = Annotated[
+    Path | None, typer.Option(help="Where latents and text are kept; OUTPUT/cache unless given.", show_default=False)
+]
+Output = Annotated[Path, typer.Option(help="Folder for what is trained; a training there is gone on with.")]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A loaded pipeline and what it is to be trained for. ``size``, ``usual``: of the videos, asked for and default."""
+
+    pipe: Any
+    method: Method
+    schedule: Schedule
+    call: Mapping[str, Any]
+    size: Mapping[str, int]
+    usual: Mapping[str, int]
+    fps: float
+    progress: Steps
+
+
+@contextmanager
+def bench(
+    model: str | None,
+    method: str,
+    given: list[str],
+    frames: int | None,
+    height: int | None,
+    width: int | None,
+    steps: int | None,
+    kernel: str,
+    output: Path,
+) -> Iterator[Bench]:
+    """Everything that can be told before a training is loaded; errors of the training are one line each."""
+    chosen = settings.choose(method, given)
+    options.check_kernel(kernel)
+    options.check_folder(output)
+    checkpoint = checkpoints.find(model)
+    call = {**checkpoint.defaults, **options.call_arguments(frames, height, width, steps, None)}
+    checkpoint.check_size(call)
+
+    from falloff import api
+    from falloff.cli import pipeline
+    from falloff.recipe import Recipe, RecipeError
+
+    with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
+        pipe = pipeline.load(checkpoint)
+        with pipeline.running(), told(OSError, RecipeError):
+            way = chosen.method
+            if isinstance(way, Recipe):
+                api.check_recipe(pipe, way)
+                way = way.method
+            size, usual = _size(pipe, call), _size(pipe, checkpoint.defaults)
+            yield Bench(pipe, way, chosen.schedule, call, size, usual, checkpoint.fps, progress)
+
+
+def precision_of(text: str | None) -> Any:
+    """As asked; else half precision where a GPU has it."""
+    import torch
+
+    return text or ("bf16" if torch.cuda.is_available() else "no")
+
+
+def _size(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
+    """Frames, height and width of a pipeline call, by the pipeline's own defaults where it has some."""
+    from falloff.evaluation import generate
+
+    found = {}
+    for name, label in (("num_frames", "frames"), ("height", "height"), ("width", "width")):
+        value = call.get(name) or generate.default(pipe, name)
+        if not isinstance(value, int):
+            raise CommandError(f"{type(pipe).__name__} has no size of its own; give --{label}", USAGE)
+        found[label] = value
+    return found

@@ -1,0 +1,189 @@
+"""How each family of pipelines trains: what its transformer is given, and what it is to put out for a noised latent.
+
+All of them flow in straight lines, x_s = (1 - s) x_0 + s noise for the noise level s in 0 to 1, and differ in how
+latents are normalised, how text goes in, how s is told, and in the sign of the velocity. Every file of diffusers'
+pipelines does this backwards; tests hold the arguments made here against those a pipeline makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from falloff.training.errors import TrainingError
+
+Text = dict[str, Tensor]
+"""Everything of a forward's arguments that comes from the caption."""
+Call = Mapping[str, Any]
+"""Arguments of the pipeline call that is trained for."""
+Size = tuple[int, int, int]
+"""Of the autoencoder's latents: frames, height, width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """``temporal``: video frames of one latent frame.
+
+    latents: from the autoencoder's [1, C, F, H, W], as the pipeline denoises them, any shape that begins with 1. text:
+    of a caption. inputs: arguments of the transformer's forward but the text's, for noised latents, the noise level [1]
+    and the size of the autoencoder's latents. velocity: +1 when the transformer puts out noise - x_0, -1 for
+    x_0 - noise. timetable: what the pipeline gives its scheduler for a number of steps. refuse: why a pipeline of the
+    family cannot be trained, if it cannot.
+    """
+
+    pipelines: tuple[str, ...]
+    temporal: Callable[[Any], int]
+    latents: Callable[[Any, Tensor], Tensor]
+    text: Callable[[Any, str, Call], Text]
+    inputs: Callable[[Any, Tensor, Tensor, Size, Call], dict[str, Any]]
+    velocity: int = 1
+    timetable: Callable[[Any, int, Call], dict[str, Any]] = lambda pipe, steps, call: {"num_inference_steps": steps}
+    refuse: Callable[[Any], str | None] = lambda pipe: None
+
+
+def family_of(pipe: Any) -> Family:
+    """Raises ``TrainingError`` for a pipeline that cannot be trained here, with the reason."""
+    name = type(pipe).__name__
+    for family in FAMILIES:
+        if name in family.pipelines:
+            if (reason := family.refuse(pipe)) is not None:
+                raise TrainingError(f"this {name} cannot be trained: {reason}")
+            return family
+    known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
+    raise TrainingError(f"{name} cannot be trained here; the pipelines that can are {known}")
+
+
+def normalised(latents: Tensor, config: Any, scale: float = 1.0) -> Tensor:
+    """(latents - mean) / std of every channel, times ``scale``; without statistics of the autoencoder only that."""
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return latents * scale
+    mean, std = (
+        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+        for values in (config["latents_mean"], config["latents_std"])
+    )
+    return (latents - mean) / std * scale
+
+
+def _wan_text(pipe: Any, caption: str, call: Call) -> Text:
+    length = call.get("max_sequence_length", 512)
+    embeds, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"encoder_hidden_states": embeds}
+
+
+def _wan_refuse(pipe: Any) -> str | None:
+    if getattr(pipe, "transformer_2", None) is not None:
+        return "it has two experts (Wan 2.2 A14B), and a LoRA of one would leave the other as it was"
+    return None
+
+
+WAN = Family(
+    pipelines=("WanPipeline",),
+    temporal=lambda pipe: int(pipe.vae_scale_factor_temporal),
+    latents=lambda pipe, latents: normalised(latents, pipe.vae.config),
+    text=_wan_text,
+    inputs=lambda pipe, noised, level, size, call: {"hidden_states": noised, "timestep": 1000 * level},
+    refuse=_wan_refuse,
+)
+
+
+def _hunyuan_text(pipe: Any, caption: str, call: Call) -> Text:
+    length = call.get("max_sequence_length", 256)
+    embeds, pooled, mask = pipe.encode_prompt(caption, max_sequence_length=length)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "encoder_attention_mask": mask}
+
+
+def _hunyuan_inputs(pipe: Any, noised: Tensor, level: Tensor, size: Size, call: Call) -> dict[str, Any]:
+    """The guidance that was distilled into the model is told as in inference."""
+    guidance = torch.full_like(level, 1000 * call.get("guidance_scale", 6.0))
+    return {"hidden_states": noised, "timestep": 1000 * level, "guidance": guidance.to(noised.dtype)}
+
+
+HUNYUAN_VIDEO = Family(
+    pipelines=("HunyuanVideoPipeline",),
+    temporal=lambda pipe: int(pipe.vae_scale_factor_temporal),
+    latents=lambda pipe, latents: latents * pipe.vae.config.scaling_factor,
+    text=_hunyuan_text,
+    inputs=_hunyuan_inputs,
+    timetable=lambda pipe, steps, call: {"sigmas": np.linspace(1.0, 0.0, steps + 1)[:-1]},
+)
+
+
+def _mochi_text(pipe: Any, caption: str, call: Call) -> Text:
+    length = call.get("max_sequence_length", 256)
+    embeds, mask, *_ = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def _mochi_timetable(pipe: Any, steps: int, call: Call) -> dict[str, Any]:
+    from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+    return {"sigmas": np.array(linear_quadratic_schedule(steps, 0.025))}
+
+
+MOCHI = Family(  # tells the share of the video, not of noise, and moves towards the video
+    pipelines=("MochiPipeline",),
+    temporal=lambda pipe: int(pipe.vae_temporal_scale_factor),
+    latents=lambda pipe, latents: normalised(latents, pipe.vae.config, pipe.vae.config.scaling_factor),
+    text=_mochi_text,
+    inputs=lambda pipe, noised, level, size, call: {"hidden_states": noised, "timestep": 1000 * (1 - level)},
+    velocity=-1,
+    timetable=_mochi_timetable,
+)
+
+
+def _ltx_text(pipe: Any, caption: str, call: Call) -> Text:
+    length = call.get("max_sequence_length", 128)
+    embeds, mask, *_ = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def _ltx_latents(pipe: Any, latents: Tensor) -> Tensor:
+    """Normalised and packed into tokens, [1, N, C]."""
+    vae = pipe.vae
+    normal = pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    packed: Tensor = pipe._pack_latents(
+        normal, pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
+    )
+    return packed
+
+
+def _ltx_inputs(pipe: Any, noised: Tensor, level: Tensor, size: Size, call: Call) -> dict[str, Any]:
+    frames, height, width = size
+    spatial = pipe.vae_spatial_compression_ratio
+    scale = (pipe.vae_temporal_compression_ratio / call.get("frame_rate", 25), spatial, spatial)
+    return {
+        "hidden_states": noised,
+        "timestep": 1000 * level,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "rope_interpolation_scale": scale,
+    }
+
+
+def _ltx_timetable(pipe: Any, steps: int, call: Call) -> dict[str, Any]:
+    """Levels are shifted more for more tokens, along a line between two sizes."""
+    config, spatial = pipe.scheduler.config, pipe.vae_spatial_compression_ratio
+    frames = (call["num_frames"] - 1) // pipe.vae_temporal_compression_ratio + 1
+    tokens = frames * (call["height"] // spatial) * (call["width"] // spatial)
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = least + (most - least) * (tokens - few) / (many - few)
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": mu}
+
+
+LTX = Family(
+    pipelines=("LTXPipeline",),
+    temporal=lambda pipe: int(pipe.vae_temporal_compression_ratio),
+    latents=_ltx_latents,
+    text=_ltx_text,
+    inputs=_ltx_inputs,
+    timetable=_ltx_timetable,
+)
+
+FAMILIES = (WAN, HUNYUAN_VIDEO, MOCHI, LTX)

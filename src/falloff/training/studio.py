@@ -1,0 +1,269 @@
+"""What every training of a pipeline needs: its clips as latents, points to learn from, validation and samples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available
+from torch import Tensor, nn
+
+from falloff import api
+from falloff.evaluation import generate, video
+from falloff.methods.base import Method
+from falloff.recipe import Recipe
+from falloff.schedule import Schedule
+from falloff.training import loop
+from falloff.training.cache import Cache, Size, prepare
+from falloff.training.data import Clip, usable
+from falloff.training.errors import TrainingError
+from falloff.training.families import Family, family_of
+from falloff.training.objective import Flow, Point, flow_of, point_at, validation_points, velocity
+
+SAMPLES = "samples"
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is, and of how much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What is common to all trainings.
+
+    size: of the videos. uncaptioned: share of samples that are trained without their caption, for guidance.
+    validation: clips kept out for the validation loss. samples: captions of those that a video is made of at every
+    check. checkpointing: forget activations and compute them again for the gradient, which needs less memory.
+    precision: "bf16" for autocast, "no" for the model's own type.
+    """
+
+    size: Size
+    uncaptioned: float = 0.1
+    validation: int = 4
+    samples: int = 1
+    checkpointing: bool = False
+    precision: Literal["no", "bf16"] = "no"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.uncaptioned <= 1:
+            raise ValueError(f"uncaptioned = {self.uncaptioned} is outside 0.0 to 1.0")
+        if not 0 <= self.samples <= self.validation:
+            raise ValueError(f"samples = {self.samples} must be 0 to the {self.validation} clips kept for validation")
+        self.check_choice("precision", ("no", "bf16"))
+
+    def check_choice(self, name: str, legal: tuple[str, ...]) -> None:
+        """Raise ``ValueError`` unless a setting is one of these."""
+        if getattr(self, name) not in legal:
+            raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(legal)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manner:
+    """How a model is to compute, in training as afterwards: a method, what stays dense, and the kernel."""
+
+    method: Method
+    schedule: Schedule
+    kernel: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studio:
+    """A pipeline with its clips in the cache, those to train on and those kept out."""
+
+    pipe: Any
+    family: Family
+    flow: Flow
+    manner: Manner
+    lesson: Lesson
+    call: Mapping[str, Any]
+    seed: int
+    accelerator: Accelerator
+    clips: list[Clip]
+    cache: Cache
+    lessons: list[int]
+    """Numbers of the clips to train on."""
+    exams: list[int]
+    """Numbers of the clips kept out."""
+    output: Path
+    fps: float
+    progress: Progress
+
+    def point(self, number: int, generator: torch.Generator) -> Point:
+        """What sample ``number`` of the training is."""
+        captioned = bool(torch.rand((), generator=generator) >= self.lesson.uncaptioned)
+        index = self.lessons[loop.drawn(number, len(self.lessons), self.seed)]
+        sample = self.cache.sample(index, self.accelerator.device, captioned=captioned)
+        return point_at(sample, self.flow.draw(generator), generator)
+
+    def velocity(self, model: Any, point: Point) -> Tensor:
+        """What the pipeline's transformer, or a copy of it, takes for noise - x_0."""
+        return velocity(self.pipe, self.family, model, self.flow, point, self.call)
+
+    def validation(self, loss: Callable[[Point], Tensor]) -> dict[str, float]:
+        """The mean loss of the clips kept out, shared between the processes; nothing where there are none."""
+        device, one = self.accelerator.device, self.accelerator.num_processes
+        points = validation_points([self.cache.sample(index, device) for index in self.exams], self.seed)
+        if not points:
+            return {}
+        losses = [loss(point) for point in points[self.accelerator.process_index :: one]]
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
+        return {"validation": float(self.accelerator.reduce(total, "sum")) / len(points)}
+
+    def make_samples(self, step: int) -> None:
+        """Videos of captions kept out, written by the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        for number, index in enumerate(self.exams[: self.lesson.samples]):
+            self.progress("making samples", 0, 0)
+            with _moved(self.pipe, self.accelerator.device, back=torch.device("cpu")):
+                made = generate.generate(self.pipe, self.clips[index].caption, seed=self.seed, call_arguments=self.call)
+            video.write(self.output / SAMPLES / f"step-{step:06d}-{number}.mp4", made.frames_FHWC, self.fps)
+
+    def grid_frames(self, frames: int) -> int:
+        """Frames of the transformer's grid for a number of video frames."""
+        patch = self.pipe.transformer.config.get("patch_size", 1)
+        latent = (frames - 1) // self.family.temporal(self.pipe) + 1
+        return int(latent // (patch[0] if isinstance(patch, list | tuple) else 1))
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same when a training goes on."""
+        return {
+            "model": type(self.pipe.transformer).__name__,
+            "method": self.manner.method.name,
+            "method settings": self.manner.method.settings(),
+            "schedule": asdict(self.manner.schedule),
+            "sampler steps": len(self.flow.levels),
+            "clips": self.cache.identity(),
+            **asdict(self.lesson),
+        }
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The model with its sparse attention; everything else is out of the device's memory, being on the disk."""
+        with ExitStack() as left:
+            left.enter_context(_moved(self.pipe, torch.device("cpu"), back=self.accelerator.device))
+            manner = self.manner
+            left.enter_context(api.using(self.pipe, manner.method, schedule=manner.schedule, kernel=manner.kernel))
+            if self.lesson.checkpointing:
+                left.enter_context(_checkpointing(self.pipe.transformer))
+            yield
+
+    def recipe(self, trained: str, course: loop.Course, branches: str | None = None, **more: Any) -> Recipe:
+        """The inference that was trained for."""
+        ((model, layers),) = api.identities(self.pipe)
+        return Recipe(
+            model=model,
+            layers=layers,
+            method=self.manner.method,
+            schedule=self.manner.schedule,
+            kernel=self.manner.kernel,
+            evidence={"trained": trained, **asdict(self.lesson.size), "steps": course.steps, **more},
+            branches=branches,
+        )
+
+
+def open_studio(
+    pipe: Any,
+    videos: Path,
+    output: Path,
+    manner: Manner,
+    lesson: Lesson,
+    seed: int,
+    *,
+    call: Mapping[str, Any],
+    cache: Path | None,
+    fps: float,
+    progress: Progress,
+) -> Studio:
+    """Look over pipeline and clips, and encode what is not in the cache yet.
+
+    Raises ``TrainingError`` with all that does not fit, and leaves nothing behind then but what is in the cache.
+    """
+    family = family_of(pipe)
+    size = {"num_frames": lesson.size.frames, "height": lesson.size.height, "width": lesson.size.width}
+    call = {**call, **size}
+    flow = flow_of(pipe, family, generate.steps(pipe, call), call)
+    clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
+    lessons, exams = _split(len(clips), lesson.validation, seed)
+    (output / SAMPLES).mkdir(parents=True, exist_ok=True)
+    accelerator = _accelerator(output, lesson.precision)
+    pipe.to(accelerator.device)
+    cached = prepare(
+        pipe,
+        family,
+        clips,
+        lesson.size,
+        call,
+        cache or output / "cache",
+        share=slice(accelerator.process_index, None, accelerator.num_processes),
+        on_clip=lambda done, total: progress("encoding clips", done, total),
+    )
+    accelerator.wait_for_everyone()
+    return Studio(
+        pipe=pipe,
+        family=family,
+        flow=flow,
+        manner=manner,
+        lesson=lesson,
+        call=call,
+        seed=seed,
+        accelerator=accelerator,
+        clips=clips,
+        cache=cached,
+        lessons=lessons,
+        exams=exams,
+        output=output,
+        fps=fps,
+        progress=progress,
+    )
+
+
+def _accelerator(output: Path, precision: str) -> Accelerator:
+    """With TensorBoard where that is installed."""
+    tensorboard = is_tensorboard_available()
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with="tensorboard" if tensorboard else None, project_dir=str(output)
+    )
+    if tensorboard:
+        accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def _split(count: int, validation: int, seed: int) -> tuple[list[int], list[int]]:
+    """Clips to train on, and clips to validate on. Raises ``TrainingError`` when nothing is left to train on."""
+    if count <= validation:
+        raise TrainingError(
+            f"{validation} clips are to be kept for validation, and there are {count} in all; give more clips, or keep "
+            "fewer of them"
+        )
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return sorted(order[validation:]), order[:validation]
+
+
+@contextmanager
+def _checkpointing(model: Any) -> Iterator[None]:
+    before = model.is_gradient_checkpointing
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if not before:
+            model.disable_gradient_checkpointing()
+
+
+@contextmanager
+def _moved(pipe: Any, device: torch.device, *, back: torch.device) -> Iterator[None]:
+    """Everything but the transformer on another device for a while."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.transformer]
+    for part in parts:
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.to(back)

@@ -1,0 +1,120 @@
+"""``falloff train lora`` and ``sparse`` on a tiny checkpoint, and what is made with their output."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+
+METHOD = ("--method", "radial", "--set", "block=4", "--set", "dense_layers=0")
+COMMON = ("--frames", 5, "--rank", 4, "--steps", 2, "--validation", 1, "--check-every", 2, "--rate", 0.05)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_clips import write_clip
+
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(3):
+        write_clip(folder / f"{number}.mp4", frames=5, shade=40 * number)
+        (folder / f"{number}.txt").write_text("a fox")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(checkpoint: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from falloff.cli import run
+
+    output = tmp_path_factory.mktemp("trained") / "lora"
+    arguments = ("train", "lora", clips, "--model", checkpoint, *METHOD, *COMMON, "--output", output)
+    assert run([str(argument) for argument in arguments]) == 0
+    return output
+
+
+def test_a_lora_is_trained_and_gone_on_with(falloff, checkpoint: Path, clips: Path, lora: Path) -> None:
+    longer = [*COMMON, "--steps", 3]
+    done = falloff("train", "lora", clips, "--model", checkpoint, *METHOD, *longer, "--output", lora)
+    assert done.code == 0, done.err
+    assert f"--lora {lora} --method {lora / 'recipe.yaml'} --frames 5" in " ".join(done.out.split())
+    steps = [json.loads(line)["step"] for line in (lora / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 2, 3, 3]
+    assert (lora / "samples" / "step-000003-0.mp4").stat().st_size > 100
+
+
+def test_generate_and_compare_take_the_lora(falloff, checkpoint: Path, lora: Path, tmp_path: Path) -> None:
+    from falloff.evaluation import video
+
+    recipe = lora / "recipe.yaml"
+    for name, more in (("without", ()), ("with", ("--lora", lora))):
+        done = falloff(
+            "generate", "a fox", "--model", checkpoint, "--method", recipe, *more, "--output", tmp_path / f"{name}.mp4"
+        )
+        assert done.code == 0, done.err
+    assert (video.read(tmp_path / "with.mp4") != video.read(tmp_path / "without.mp4")).any()
+    done = falloff(
+        "compare",
+        "--prompt",
+        "a fox",
+        "--model",
+        checkpoint,
+        "--methods",
+        recipe,
+        "--lora",
+        lora,
+        "--output",
+        tmp_path / "page",
+    )
+    assert done.code == 0, done.err
+
+
+def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: Path) -> None:
+    done = falloff(
+        *("train", "sparse", clips, "--model", checkpoint, "--set", "density=0.5", "--set", "q_block=4"),
+        *("--set", "kv_block=4", *COMMON, "--ramp", 1, "--output", tmp_path / "sla"),
+    )
+    assert done.code == 0, done.err
+    assert {"branches.safetensors", "pytorch_lora_weights.safetensors", "recipe.yaml"} <= {
+        file.name for file in (tmp_path / "sla").iterdir()
+    }
+    recipe, lora = tmp_path / "sla" / "recipe.yaml", ("--model", checkpoint, "--lora", tmp_path / "sla")
+    blank = tmp_path / "blank.yaml"
+    blank.write_text(recipe.read_text().replace("branches: branches.safetensors\n", ""))
+    for way in (recipe, blank):
+        video = tmp_path / f"{way.stem}.mp4"
+        done = falloff("generate", "a fox", *lora, "--method", way, "--frames", 5, "--output", video)
+        assert done.code == 0, done.err
+    assert (tmp_path / "recipe.mp4").read_bytes() != (tmp_path / "blank.mp4").read_bytes()
+    arguments = ("--methods", recipe, "--frames", 5, "--output", tmp_path / "page")
+    done = falloff("compare", "--prompt", "a fox", *lora, *arguments)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--frames", 6), "--frames 6 is not 1 more than a multiple of 4"),
+        (
+            ("--frames", 9),
+            "3 files cannot be trained on (remove or replace them): 0.mp4: has 5 frames, fewer than the 9",
+        ),
+        (("--frames", 5, "--rope", "yarn"), "rope = 'yarn' must be one of plain, riflex"),
+        (("--frames", 5, "--validation", 3), "3 clips are to be kept for validation, and there are 3 in all"),
+        (("--frames", 5, "--method", "sla"), "sla has parameters of its own to train"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_any_training(
+    falloff, checkpoint: Path, clips: Path, tmp_path: Path, arguments: tuple[object, ...], told: str
+) -> None:
+    done = falloff("train", "lora", clips, "--model", checkpoint, *arguments, "--output", tmp_path / "out")
+    assert done.code != 0
+    assert told in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_lora_is_told(falloff, checkpoint: Path, tmp_path: Path) -> None:
+    done = falloff("generate", "a fox", "--model", checkpoint, "--lora", tmp_path, "--output", tmp_path / "a.mp4")
+    assert done.code == 1
+    assert "there is no LoRA at" in done.err
+    assert not (tmp_path / "a.mp4").exists()

@@ -1,0 +1,201 @@
+"""Every family as its own pipeline runs it: the transformer's arguments, the noise levels, the sign of the velocity."""
+
+import inspect
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1]))
+from hosts.test_pipelines import RUNS, Part
+from hosts.test_pipelines import pipeline as tiny_pipeline
+from tiny import TEXT, Frames, t2v
+
+import falloff
+from falloff.training import TrainingError, adapter
+from falloff.training.families import family_of
+from falloff.training.objective import Sample, flow_of, point_at, velocity
+
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi asks for float32, which the CPU has anyway
+STEPS = 4
+NAMES = ("Wan", "HunyuanVideo", "Mochi", "LTX")
+
+
+def pipe_and_call(name: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny pipeline without guidance by a second pass, and a call of it."""
+    if name == "Wan":
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 1.0}
+        return t2v(scheduler_name="euler"), {"prompt_embeds": torch.randn(1, 4, TEXT, generator=generator), **size}
+    run = RUNS[name]
+    kept = {key: value for key, value in run.arguments.items() if "negative" not in key and key != "true_cfg_scale"}
+    return tiny_pipeline(name), {**kept, "guidance_scale": 6.0 if name == "HunyuanVideo" else 1.0}
+
+
+def recorded(name: str) -> tuple[Any, dict[str, Any], list[dict[str, Any]], list[Tensor]]:
+    """A pipeline, its call, and what its transformer was given and what latents there were, step by step."""
+    pipe, call = pipe_and_call(name)
+    given: list[dict[str, Any]] = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(dict(kwargs)), with_kwargs=True
+    )
+    pipe(**call, num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(1))
+    handle.remove()
+    return pipe, call, given, [each["hidden_states"] for each in given]
+
+
+def encoded(pipe: Any, call: dict[str, Any]) -> None:
+    """``encode_prompt`` hands on the embeddings of the call, in its own order, instead of running text encoders."""
+    embeds = {key: value for key, value in call.items() if "prompt" in key}
+    pipe.encode_prompt = partial(pipe.encode_prompt, **embeds)
+
+
+def latent_size(name: str, pipe: Any, hidden: Tensor, call: dict[str, Any]) -> tuple[int, int, int]:
+    if name != "LTX":
+        return tuple(hidden.shape[2:])
+    spatial = pipe.vae_spatial_compression_ratio
+    frames = (call["num_frames"] - 1) // pipe.vae_temporal_compression_ratio + 1
+    return frames, call["height"] // spatial, call["width"] // spatial
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_and_levels_are_those_of_the_pipeline(name: str) -> None:
+    pipe, call, given, hidden = recorded(name)
+    family = family_of(pipe)
+    flow = flow_of(pipe, family, STEPS, call)
+    size = latent_size(name, pipe, hidden[0], call)
+    encoded(pipe, call)
+    text = family.text(pipe, "a fox", {})
+    assert len(given) == STEPS
+    for level, theirs in zip(flow.levels, given, strict=True):
+        ours = {**family.inputs(pipe, theirs["hidden_states"], torch.tensor([level]), size, call), **text}
+        expected = {key: value for key, value in theirs.items() if value is not None and key != "return_dict"}
+        assert set(ours) == set(expected)
+        for key, value in ours.items():
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(value.float(), expected[key].float(), atol=2e-3, rtol=1e-5)
+            else:
+                assert value == expected[key]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_velocity_leads_the_pipeline_to_the_clean_latent(name: str) -> None:
+    """A transformer that puts out our target, in the family's sign, makes the pipeline end at x_0."""
+    pipe, call, _, hidden = recorded(name)
+    family = family_of(pipe)
+    flow = flow_of(pipe, family, STEPS, call)
+    generator = torch.Generator().manual_seed(2)
+    clean = torch.randn(hidden[0].shape, generator=generator)
+    assert flow.levels[0] == pytest.approx(1)
+    noise = hidden[0]
+    pipe.transformer.forward = lambda **kwargs: (family.velocity * (noise - clean),)
+    final = torch.zeros(())
+    step = pipe.scheduler.step
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        nonlocal final
+        out = step(*args, **kwargs)
+        final = out[0]
+        return out
+
+    pipe.scheduler.step = keep
+    pipe(**call, num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(final, clean, atol=1e-3, rtol=1e-3)
+    size = latent_size(name, pipe, clean, call)
+    sample = Sample(clean, size, {})
+    point = point_at(sample, 0.4, generator)
+    pipe.transformer.forward = lambda **kwargs: (family.velocity * (point.noise - clean),)
+    torch.testing.assert_close(velocity(pipe, family, pipe.transformer, flow, point, call), point.target)
+
+
+class Decoding(Exception):
+    """Carries what an autoencoder was to decode."""
+
+
+def statistics(name: str, channels: int) -> dict[str, Any]:
+    """Mochi's pipeline reads statistics for 12 channels only, which the tiny one has not."""
+    if name in ("HunyuanVideo", "Mochi"):
+        return {"latents_mean": None, "latents_std": None}
+    mean, std = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
+    return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_pipeline_decodes_what_was_encoded(name: str) -> None:
+    """Latents as the family makes them are turned back into the autoencoder's own before they are decoded."""
+    pipe, call, _, hidden = recorded(name)
+    family = family_of(pipe)
+    size = latent_size(name, pipe, hidden[0], call)
+    channels = hidden[0].shape[1] if name != "LTX" else hidden[0].shape[2]
+    raw = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(3))
+
+    def decode(latents: Tensor, *args: Any, **kwargs: Any) -> None:
+        raise Decoding(latents)
+
+    known = statistics(name, channels)
+    config = FrozenDict(scaling_factor=0.7, timestep_conditioning=False, z_dim=channels, **known)
+    tensors = {key: torch.tensor(value) for key, value in known.items() if value is not None}
+    place = {"dtype": torch.float32, "device": torch.device("cpu"), "modules": lambda: iter(())}
+    pipe.vae = Part(config=config, decode=decode, **place, **tensors)
+    clean = family.latents(pipe, raw)
+    pipe.transformer.forward = lambda **kwargs: (family.velocity * (hidden[0] - clean),)
+    with pytest.raises(Decoding) as caught:
+        pipe(**call, num_inference_steps=STEPS, output_type="pt", generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(caught.value.args[0], raw, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lora_trains_and_loads(name: str, tmp_path: Path) -> None:
+    """Every projection gets a gradient through the sparse attention, and the pipeline loads what is saved."""
+    pipe, call, _, hidden = recorded(name)
+    encoded(pipe, call)
+    family = family_of(pipe)
+    flow, size = flow_of(pipe, family, STEPS, call), latent_size(name, pipe, hidden[0], call)
+    text = {key: value.detach() for key, value in family.text(pipe, "a fox", {}).items()}
+    point = point_at(Sample(torch.randn_like(hidden[0]), size, text), 0.4, torch.Generator().manual_seed(1))
+    with falloff.using(pipe, Frames()), adapter.adapted(pipe.transformer, 2, 0) as parameters:
+        velocity(pipe, family, pipe.transformer, flow, point, call).square().sum().backward()
+        assert {call.reason for call in falloff.report(pipe).calls} == {None}
+        silent = [key for key, p in parameters.items() if "lora_B" in key and not (p.grad is not None and p.grad.any())]
+        # the last layer's text leads to no output
+        assert all(".add_q_proj." in key or ".to_add_out." in key for key in silent)
+        for parameter in parameters.values():
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+        adapter.save(pipe, tmp_path)
+    with torch.no_grad():
+        tuned = velocity(pipe, family, pipe.transformer, flow, point, call)
+        pipe.unload_lora_weights()
+        plain = velocity(pipe, family, pipe.transformer, flow, point, call)
+        with adapter.loaded(pipe, tmp_path):
+            torch.testing.assert_close(velocity(pipe, family, pipe.transformer, flow, point, call), tuned)
+    assert not torch.allclose(tuned, plain, atol=1e-3)
+
+
+def test_documented_arguments_of_encode_prompt_exist() -> None:
+    import diffusers
+
+    for name in ("WanPipeline", "MochiPipeline", "LTXPipeline"):
+        known = inspect.signature(getattr(diffusers, name).encode_prompt).parameters
+        assert {"do_classifier_free_guidance", "max_sequence_length"} <= set(known)
+
+
+def test_other_pipelines_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"CogVideoXPipeline cannot be trained here; .*HunyuanVideoPipeline"):
+        family_of(tiny_pipeline("CogVideoX"))
+
+
+def test_one_level_for_all_tokens_is_one_level() -> None:
+    """Wan 2.2 5B is told the level of every token, which are all the same in text to video."""
+    pipe = t2v()
+    noised, text = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 4, TEXT)
+    given = family_of(pipe).inputs(pipe, noised, torch.tensor([0.3]), (3, 8, 8), {})
+    with torch.no_grad():
+        ours = pipe.transformer(**given, encoder_hidden_states=text, return_dict=False)[0]
+        given["timestep"] = given["timestep"].expand(1, 3 * 4 * 4)
+        theirs = pipe.transformer(**given, encoder_hidden_states=text, return_dict=False)[0]
+    torch.testing.assert_close(ours, theirs)
