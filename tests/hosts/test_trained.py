@@ -18,7 +18,9 @@ from falloff import SLA, SLA2, VSA, Method, Schedule
 from falloff.api import BranchError, NotEnabledError
 from falloff.hosts import UnsupportedModelError
 from falloff.hosts.layers import layer_of
+from falloff.methods.branch import Layer
 from falloff.session import MethodError
+from falloff.trained import Trained
 
 GATED = VSA(gate=True, tile=(1, 2, 2), sparsity=0.7)
 METHODS: list[Method] = [
@@ -141,8 +143,13 @@ def test_gradients_are_those_of_autocast_and_checkpointing_too(method: Method) -
     model.enable_gradient_checkpointing()
     model.train()
     torch.testing.assert_close(gradients(), plain)
+    under_autocast = []
+    for layer in falloff.branches(model)["0"].values():
+        layer.register_forward_pre_hook(lambda *_: under_autocast.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         rough = gradients()
+    assert under_autocast
+    assert not any(under_autocast)
     assert all(bool(each.isfinite().all()) for each in rough)
 
 
@@ -191,6 +198,25 @@ def forward_bf16(model: Any) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(**arguments, return_dict=False)[0]
     return out
+
+
+def test_plans_are_made_by_the_layers_own_router() -> None:
+    model = tiny.transformer()
+    falloff.enable(model, SLA2(q_block=16, kv_block=8, density=0.2))
+    plans = []
+    for _ in range(2):
+        forward(model)
+        plans.append(falloff.report(model).plan)
+        for layer in falloff.branches(model)["0"].values():
+            layer.router_k.weight.data.neg_()
+    assert not torch.equal(plans[0].blocks.columns, plans[1].blocks.columns)
+
+
+def test_parameters_follow_the_device_of_a_forward() -> None:
+    trained = Trained()
+    layer = trained.add(SLA(), 0, 0, Layer(heads=2, head_dim=3, width=6), torch.device("cpu"))
+    trained.begin(torch.device("meta"))
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
 
 
 def test_methods_that_learn_nothing_say_so(tmp_path: Path) -> None:

@@ -232,6 +232,12 @@ def test_classes_of_a_row(blocks: int, density: float, negligible: float) -> Non
     assert (scores.masked_fill(~middle & ~critical, torch.inf).amin(-1) >= high).all()
 
 
+def test_equal_blocks_are_of_one_class_each() -> None:
+    critical, least = classes(torch.zeros(1, 4), 0.5, 0.5)
+    assert critical.tolist() == [[True, True, False, False]]
+    assert least.tolist() == [[False, False, True, True]]
+
+
 def test_published_counts() -> None:
     assert share_of(512, 0.05) == 25
     assert share_of(10, 0.3) == 3
