@@ -3,12 +3,11 @@
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import together
 import torch
-
-from falloff.decoding.training import Recipe, adamw, train
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +68,9 @@ def test_a_single_process_is_one_without_an_accelerator(tmp_path: Path) -> None:
     assert all(torch.equal(made[name], plain[name]) for name in plain)
 
 
-def test_accelerators_that_shard_or_scale_are_refused(tmp_path: Path) -> None:
-    class Sharding:
-        class distributed_type:
-            value = "FSDP"
-
-        scaler = None
-        mixed_precision = "no"
-
-    made = together.model()
-    with pytest.raises(ValueError, match="type FSDP with mixed precision no; use MULTI_GPU, and no or bf16"):
-        train(
-            made,
-            together.Codes(*together.sample(4)),
-            tmp_path,
-            Recipe(batch=2),
-            adamw(made, 1e-3),
-            steps=1,
-            accelerator=Sharding(),  # type: ignore[arg-type]  # a stand-in
-        )
+@pytest.mark.parametrize(("kind", "precision"), [("FSDP", "no"), ("NO", "fp16")])
+def test_accelerators_that_shard_or_scale_are_refused(tmp_path: Path, kind: str, precision: str) -> None:
+    standin = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), mixed_precision=precision)
+    words = f"type {kind} with mixed precision {precision}; use MULTI_GPU, and no or bf16"
+    with pytest.raises(ValueError, match=words):
+        together.trained(tmp_path, 1, standin)

@@ -117,8 +117,8 @@ def train(
 
     With ``steps`` an interrupted training ends bit for bit as an uninterrupted one, by as many processes. The state is
     written every ``save_every`` seconds and at the end; ``on_step`` is told the number of steps done and the last loss.
-    ``accelerator``: trains on its device, one of its processes; the first of them writes and shows progress. Without
-    one the model is trained where it is.
+    ``accelerator``: tells the device and the processes; the first of them writes and shows progress. Without one the
+    model is trained where it is. Products are in bfloat16 on a GPU, as published, and as the weights elsewhere.
 
     Raises ``ValueError`` for both or neither of steps and seconds, a batch that processes cannot share evenly,
     processes that see different states, and accelerators that shard models or scale losses.
@@ -144,8 +144,6 @@ def train(
             on_step(step, loss)
     if share.number == 0:
         save_state(file, parts, spent, step)
-    if accelerator is not None:
-        accelerator.unwrap_model(share.model, keep_fp32_wrapper=False)  # mixed precision had wrapped the forward
     model.eval()
 
 
@@ -161,19 +159,21 @@ class _Share(NamedTuple):
 def _share(model: LPDTransformer, recipe: Recipe, accelerator: Accelerator | None) -> _Share:
     if accelerator is None:
         return _Share(model, model.device, 0, 1)
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or accelerator.scaler is not None:
+    kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or precision not in ("no", "bf16"):
         raise ValueError(
             "training copies the model to every process and scales no loss, got an accelerator of type "
-            f"{kind} with mixed precision {accelerator.mixed_precision}; use MULTI_GPU, and no or bf16"
+            f"{kind} with mixed precision {precision}; use MULTI_GPU, and no or bf16"
         )
     if recipe.batch % accelerator.num_processes:
         raise ValueError(
             f"a batch of {recipe.batch} has no even shares for {accelerator.num_processes} processes; "
             "choose a multiple of their number"
         )
-    prepared = accelerator.prepare_model(model)
-    return _Share(prepared, accelerator.device, accelerator.process_index, accelerator.num_processes)
+    device, shared = accelerator.device, model.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        shared = nn.parallel.DistributedDataParallel(shared, None if device.type == "cpu" else [device])
+    return _Share(shared, device, accelerator.process_index, accelerator.num_processes)
 
 
 def _first(value: float, share: _Share) -> float:

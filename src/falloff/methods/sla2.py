@@ -13,8 +13,8 @@ The paper leaves open how alpha fits any number of tokens. Ours is, of query blo
 
     alpha_i = sigmoid(a_h logit(A_i) + c_h),    logit(A_i) = log of the mass in the kept blocks / that in the others,
 
-the mass estimated from the same scores, with a = 1 and c = 0 at first, so that it needs no training to begin with.
-No gradient passes the estimate.
+the mass estimated from the same scores, with a = 1 and c = 0 at first: where training starts. No gradient passes
+the estimate.
 """
 
 from __future__ import annotations

@@ -237,10 +237,17 @@ class _Run:
         files.write(file, "".join(kept))
 
     def _share_gradients(self) -> None:
-        """Every process adds up the gradients of all: one reduction for all parameters."""
+        """Every process adds up the gradients of all: one reduction for all parameters.
+
+        What got no gradient has one of zeros, so that it counts the same however many processes there are.
+        """
+        gradients = []
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         if self.accelerator.num_processes == 1:
             return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
         flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
         for parameter, part in zip(self.parameters.values(), flat.split([g.numel() for g in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)

@@ -118,6 +118,8 @@ def test_orders_are_shown_as_they_were(found: Comparison) -> None:
         steps, sizes = np.unique(arm.groups, return_counts=True)
         assert tuple(sizes[::-1]) == arm.sizes
         assert steps[-1] == 255
+        order = make_orders(arm.order, 3, 5, arm.sizes, 1, torch.Generator().manual_seed(0))[0].numpy()
+        assert (np.diff(arm.groups.reshape(-1)[order].astype(int)) <= 0).all()
 
 
 def test_a_judge_reads_all_pictures_and_nothing_else_is_told(
