@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402  -- only where triton is
 from triton.compiler import ASTSource  # noqa: E402 - as above
+from triton.runtime.jit import JITFunction  # noqa: E402 - as above
 
 from falloff.kernels.skip import PROTECTED  # noqa: E402 - as above
 from falloff.kernels.triton import width  # noqa: E402 - as above
@@ -121,7 +123,15 @@ def compile_kernel(
 def compiled(request: pytest.FixtureRequest) -> Iterator[dict[Row, Future[Compiled]]]:
     """The rows of this run's tests, compiled two at a time: the compiler mostly works outside of Python."""
     chosen = [item.callspec.params.get("row") for item in request.session.items if hasattr(item, "callspec")]
-    with ThreadPoolExecutor(2) as pool:
+    turn, parse = Lock(), JITFunction.parse
+
+    def alone(function: Any) -> Any:
+        """Python's own parser loses count of its depth when two threads are in it at once."""
+        with turn:
+            return parse(function)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(JITFunction, "parse", alone)
         yield {row: pool.submit(compile_row, row) for row in chosen if isinstance(row, Row)}
         pool.shutdown(cancel_futures=True)
 
