@@ -43,7 +43,7 @@ class Course:
     steps: int = 2000
     batch: int = 1
     rate: float = 1e-4
-    warmup: int = 50
+    warmup: int = 10
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float | None = None
