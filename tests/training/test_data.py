@@ -34,6 +34,14 @@ def test_captions_beside_videos(clips: Path) -> None:
     assert len(found) == 5
 
 
+def test_an_output_in_the_folder_is_no_data(tmp_path: Path, video: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(video.read_bytes())
+    (tmp_path / "a.txt").write_text("a fox")
+    (tmp_path / "out" / "samples").mkdir(parents=True)
+    (tmp_path / "out" / "samples" / "step-000000-0.mp4").write_bytes(video.read_bytes())
+    assert [clip.name for clip in usable(tmp_path, 9)] == ["a.mp4"]
+
+
 def test_a_list_of_files_and_captions(tmp_path: Path, video: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.mp4").write_bytes(video.read_bytes())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -125,7 +126,12 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     alone = run(tmp_path / "alone")
     code = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_loop; test_loop.one_of_two()"
     root = Path(__file__).parents[2] / "src"
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "ACCELERATE_USE_CPU": "true"}
+    common = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
     environment = {
         **os.environ,
         **common,
@@ -141,6 +147,12 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         for name, parameter in alone.items():
             torch.testing.assert_close(together[name], parameter.detach())
     assert [entry["step"] for entry in log(tmp_path / "two")] == [entry["step"] for entry in log(tmp_path / "alone")]
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
 
 
 def one_of_two() -> None:

@@ -129,6 +129,16 @@ def test_checkpointing_changes_no_gradient(pipe, clips: Path, tmp_path: Path, me
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # norms keep their weights in float32
+def test_half_precision_computes_close_to_single(pipe, clips: Path, tmp_path: Path) -> None:
+    course, cache = replace(COURSE, steps=2), tmp_path / "cache"
+    tune(pipe, clips, tmp_path / "single", course=course, cache=cache)
+    pipe.unload_lora_weights()
+    tune(pipe, clips, tmp_path / "half", replace(LORA, precision="bf16"), course, cache=cache)
+    assert losses(tmp_path / "half") != losses(tmp_path / "single")
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "single"), rel=0.01)
+
+
 def test_a_killed_training_goes_on_bit_for_bit(
     pipe, clips: Path, tmp_path: Path, trained: tuple[Path, np.ndarray]
 ) -> None:

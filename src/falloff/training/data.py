@@ -1,8 +1,8 @@
 """Videos with captions from plain files: found, looked over, and read.
 
-A folder holds videos each with a .txt of the same stem beside it; or one .jsonl whose lines are
-``{"file": ..., "caption": ...}``; or .tar shards as WebDataset names their members: what a name has before its first
-dot belongs together, so that ``0001.mp4`` goes with ``0001.txt``.
+A folder itself, not those in it, holds videos each with a .txt of the same stem beside it; or one .jsonl whose lines
+are ``{"file": ..., "caption": ...}``; or .tar shards as WebDataset names their members: what a name has before its
+first dot belongs together, so that ``0001.mp4`` goes with ``0001.txt``.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def find(folder: Path) -> tuple[list[Clip], list[Fault]]:
     if shards:
         found = [_in_shard(shard) for shard in shards]
         return [clip for clips, _ in found for clip in clips], [fault for _, faults in found for fault in faults]
-    return _beside(sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEOS), folder)
+    return _beside(sorted(file for file in folder.iterdir() if file.suffix.lower() in VIDEOS))
 
 
 def read_frames(clip: Clip, frames: int, height: int, width: int) -> Tensor:
@@ -98,11 +98,11 @@ def read_frames(clip: Clip, frames: int, height: int, width: int) -> Tensor:
     return torch.stack(pictures, dim=1)[None]
 
 
-def _beside(files: Sequence[Path], folder: Path) -> tuple[list[Clip], list[Fault]]:
+def _beside(files: Sequence[Path]) -> tuple[list[Clip], list[Fault]]:
     clips: list[Clip] = []
     faults: list[Fault] = []
     for file in files:
-        name, text = str(file.relative_to(folder)), file.with_suffix(".txt")
+        name, text = file.name, file.with_suffix(".txt")
         if text.is_file():
             _sort_in(Clip(name, text.read_text(encoding="utf-8", errors="replace").strip(), file), clips, faults)
         else:

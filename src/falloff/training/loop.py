@@ -43,7 +43,7 @@ class Course:
     steps: int = 2000
     batch: int = 1
     rate: float = 1e-4
-    warmup: int = 50
+    warmup: int = 10
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float | None = None
@@ -86,19 +86,21 @@ def train(
     identity: Mapping[str, Any],
     check: Callable[[int], Mapping[str, float]] = lambda step: {},
     on_step: Callable[[Now], None] = lambda now: None,
+    half: bool = False,
 ) -> None:
     """Train ``parameters`` in place, going on from ``folder`` where a state is; at the end they hold the average.
 
     identity: plain values that must be the same when a training goes on; the number of steps may grow. check: called
     before the first step, every ``check_every`` steps and at the end, with the parameters as they are to be judged;
-    returns figures to log. Raises ``TrainingError`` for a state of other settings, and ``ArithmeticError`` for a loss
-    that is not finite.
+    returns figures to log. half: compute in bfloat16 by autocast.
+
+    Raises ``TrainingError`` for a state of other settings, and ``ArithmeticError`` for a loss that is not finite.
     """
     if course.batch % accelerator.num_processes:
         raise TrainingError(
             f"batch = {course.batch} does not share evenly between {accelerator.num_processes} processes"
         )
-    run = _Run(parameters, course, folder, accelerator, identity)
+    run = _Run(parameters, course, folder, accelerator, identity, half)
     step = run.load()
     if step == 0:
         run.log({"step": 0, **run.judged(check, 0)})
@@ -138,7 +140,9 @@ class _Run:
         folder: Path,
         accelerator: Accelerator,
         identity: Mapping[str, Any],
+        half: bool,
     ) -> None:
+        self.half = half
         self.parameters, self.course, self.folder, self.accelerator = parameters, course, folder, accelerator
         settings = {name: value for name, value in asdict(course).items() if name != "steps"}
         self.identity = {**settings, **identity, "processes": accelerator.num_processes}
@@ -151,7 +155,7 @@ class _Run:
         total = torch.zeros((), device=self.accelerator.device)
         for place in range(self.accelerator.process_index, batch, world):
             sample = number * batch + place
-            with self.accelerator.autocast():
+            with self._autocast():
                 value = loss(sample, generator_for(self.course.seed, 1, sample))
             torch.autograd.backward(value / batch)
             total += value.detach() / batch
@@ -168,7 +172,7 @@ class _Run:
         return mean, float(norm)
 
     def judged(self, check: Callable[[int], Mapping[str, float]], step: int) -> Mapping[str, float]:
-        with self._averaged(), torch.no_grad(), self.accelerator.autocast():
+        with self._averaged(), torch.no_grad(), self._autocast():
             return check(step)
 
     def use_average(self) -> None:
@@ -213,6 +217,10 @@ class _Run:
         step: int = state["step"]
         self._cut_log(step)
         return step
+
+    def _autocast(self) -> torch.autocast:
+        # not Accelerate's, which allows one precision a process
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.half)
 
     def _check(self, before: dict[str, Any]) -> None:
         now = json.loads(json.dumps(self.identity))

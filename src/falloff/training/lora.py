@@ -104,6 +104,7 @@ def train_lora(
             identity=studio.identity(),
             check=check,
             on_step=lambda now: progress(f"training, loss {now.loss:.4f}", now.step, course.steps),
+            half=lora.precision == "bf16",
         )
         return _written(studio, lora, course, frames)
 

@@ -121,6 +121,7 @@ def train_sparse(
             identity=studio.identity(),
             check=check,
             on_step=lambda now: progress(f"training, loss {now.loss:.4f}", now.step, course.steps),
+            half=sparse.precision == "bf16",
         )
         return _written(studio, sparse, course)
 

@@ -190,7 +190,7 @@ def open_studio(
     clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
     lessons, exams = _split(len(clips), lesson.validation, seed)
     (output / SAMPLES).mkdir(parents=True, exist_ok=True)
-    accelerator = _accelerator(output, lesson.precision)
+    accelerator = _accelerator(output)
     pipe.to(accelerator.device)
     cached = prepare(
         pipe,
@@ -222,12 +222,10 @@ def open_studio(
     )
 
 
-def _accelerator(output: Path, precision: str) -> Accelerator:
+def _accelerator(output: Path) -> Accelerator:
     """With TensorBoard where that is installed."""
     tensorboard = is_tensorboard_available()
-    accelerator = Accelerator(
-        mixed_precision=precision, log_with="tensorboard" if tensorboard else None, project_dir=str(output)
-    )
+    accelerator = Accelerator(log_with="tensorboard" if tensorboard else None, project_dir=str(output))
     if tensorboard:
         accelerator.init_trackers("tensorboard")
     return accelerator
