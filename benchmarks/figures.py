@@ -10,13 +10,19 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "decoding.md", *sorted((ROOT / "docs" / "methods").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "decoding.md",
+    ROOT / "docs" / "training.md",
+    *sorted((ROOT / "docs" / "methods").glob("*.md")),
+)
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -240,6 +246,37 @@ def xl_table(xl: dict[str, Any]) -> str:
     return table([head, "one picture"], rows)
 
 
+def training_figures(experiment: str) -> str:
+    """Validation before and after, and time; the judge's score where videos were made; nothing before a measurement."""
+    path = RESULTS / f"{experiment}-cpu.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    (row,) = result["rows"]
+    rows = []
+    for name, course in row["arms"].items():
+        losses = list(course["validation"].values())
+        rows.append([name, f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{course['seconds_a_step']:.1f} s"])
+    parts = [table([f"{row['steps']} steps, {row['frames']} frames", "loss before", "after", "a step"], rows)]
+    if "prompts" in row:
+        parts.append(prompts_table(row["prompts"]))
+    return "\n\n".join([*parts, source(result, path, "../")])
+
+
+def prompts_table(scores: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            *(f"{score[share]:.0%}" for share in ("digit_found", "colour_right", "direction_right")),
+            "" if score["psnr_db"] is None else f"{score['psnr_db']:.1f} dB",
+            f"{score['seconds']:.0f} s",
+        ]
+        for name, score in scores.items()
+    ]
+    videos = next(iter(scores.values()))["videos"]
+    return table([f"{videos} held-out prompts", "digits found", "colours", "directions", "PSNR", "a video"], rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "miniature": miniature_figures,
     "quality": quality_figures,
@@ -248,6 +285,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "methods": methods_figures,
     "seam": seam_figures,
     "decoding": decoding_figures,
+    "length": partial(training_figures, "length"),
+    "sparse": partial(training_figures, "sparse"),
 }
 MARKS = re.compile(r"(<!-- figures:(\w+)(?: (\w+))? -->\n).*?(<!-- /figures -->)", re.DOTALL)
 """A place for figures; a second word is what they are of."""
