@@ -6,9 +6,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +18,6 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402  -- only where triton is
 from triton.compiler import ASTSource  # noqa: E402 - as above
-from triton.runtime.jit import JITFunction  # noqa: E402 - as above
 
 from falloff.kernels.skip import PROTECTED  # noqa: E402 - as above
 from falloff.kernels.triton import width  # noqa: E402 - as above
@@ -55,9 +54,12 @@ class Row(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    kernel: Any
+    """What a kernel takes, and its texts by their names."""
+
+    shared: int
     registers: int
     stack: int
+    texts: dict[str, str]
 
 
 ROWS = [
@@ -116,47 +118,40 @@ def compile_kernel(
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         used = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{what}:(\d+)", used)[1]) for what in ("REG", "STACK"))
-    return Compiled(compiled, registers, stack)
+    texts = {name: compiled.asm[name] for name in ("ttir", "ptx")}
+    return Compiled(compiled.metadata.shared, registers, stack, texts)
 
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> Iterator[dict[Row, Future[Compiled]]]:
-    """The rows of this run's tests, compiled two at a time: the compiler mostly works outside of Python."""
+    """The rows of this run's tests, compiled two at a time; in processes, since threads upset Python's own parser."""
     chosen = [item.callspec.params.get("row") for item in request.session.items if hasattr(item, "callspec")]
-    turn, parse = Lock(), JITFunction.parse
-
-    def alone(function: Any) -> Any:
-        """Python's own parser loses count of its depth when two threads are in it at once."""
-        with turn:
-            return parse(function)
-
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(JITFunction, "parse", alone)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         yield {row: pool.submit(compile_row, row) for row in chosen if isinstance(row, Row)}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row, Future[Compiled]]) -> None:
-    kernel, registers, stack = compiled[row].result()
-    assert kernel.metadata.shared <= SHARED[row.arch]
-    assert registers * 32 * row.tile.warps <= REGISTERS
-    assert stack <= (64 if row.dtype == "bf16" else 256), "registers spill"
+    kernel = compiled[row].result()
+    assert kernel.shared <= SHARED[row.arch]
+    assert kernel.registers * 32 * row.tile.warps <= REGISTERS
+    assert kernel.stack <= (64 if row.dtype == "bf16" else 256), "registers spill"
     if row.arch == 90 and row.dtype == "bf16" and row.tile.own >= 64:
-        assert "wgmma" in kernel.asm["ptx"]
+        assert "wgmma" in kernel.texts["ptx"]
     assert_offsets_are_64_bit(kernel)
 
 
-def assert_offsets_are_64_bit(kernel: Any) -> None:
+def assert_offsets_are_64_bit(kernel: Compiled) -> None:
     """A tensor of 2^31 elements is legal: no address of one may come from a 32-bit offset."""
     offsets = re.findall(
-        r"tt\.addptr .*ptr<(?:bf16|f32)>.*?, (?:tensor<[0-9x]+x)?(i\d+)>?(?: loc|$)", kernel.asm["ttir"], re.M
+        r"tt\.addptr .*ptr<(?:bf16|f32)>.*?, (?:tensor<[0-9x]+x)?(i\d+)>?(?: loc|$)", kernel.texts["ttir"], re.M
     )
     assert offsets
     assert set(offsets) == {"i64"}
 
 
 def test_the_kernel_before_the_backward_compiles() -> None:
-    kernel, _, stack = compile_kernel(delta_kernel, 90, 128, "bf16", {"TILE": 64, "LSE": True}, 4, 3)
-    assert stack == 0
+    kernel = compile_kernel(delta_kernel, 90, 128, "bf16", {"TILE": 64, "LSE": True}, 4, 3)
+    assert kernel.stack == 0
     assert_offsets_are_64_bit(kernel)

@@ -82,8 +82,6 @@ def decodes(model: str) -> bool:
 def _bundled_decoder() -> Checkpoint:
     from falloff.miniature import images
 
-    if not images.path().exists():
-        raise CommandError("--class needs --model, a folder with LPDPipeline: none is bundled here", USAGE)
     return _folder(images.path(), "the bundled image miniature", by_class=True)
 
 

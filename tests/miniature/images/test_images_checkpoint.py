@@ -1,15 +1,12 @@
-"""The shipped image miniature, where there is one: small, whole, and the same picture under a seed."""
+"""The shipped image miniature: small, whole, and the same picture under a seed."""
 
 import json
 
 import numpy as np
-import pytest
 import torch
 
 from falloff.decoding import LPDPipeline
 from falloff.miniature import images
-
-pytestmark = pytest.mark.skipif(not images.path().exists(), reason="no image miniature is shipped")
 
 
 def test_is_small_and_names_no_path_of_the_machine_it_was_made_on() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def path() -> Path:
-    """The checkpoint's folder, for `LPDPipeline.from_pretrained`; it is there once one has been trained and shipped."""
+    """The checkpoint's folder, for `LPDPipeline.from_pretrained`."""
     return Path(__file__).parent / "checkpoint"
 
 
