@@ -170,16 +170,16 @@ def seam_figures() -> str:
     result = json.loads(path.read_text())
     rows = [
         [
-            f"{row['grid']} tokens",
+            f"{row['grid']} tokens, a step" if "grid" in row else "one layer's attention to one token",
             name,
-            f"{row['native_ms']:.1f} ms",
+            f"{row['native_ms']:.1f} ms" if "grid" in row else f"{row['native_us']:.0f} us",
             f"{cost['share_of_step']:.2%}",
             f"{cost['us_a_call']:.0f} us",
         ]
         for row in result["rows"]
         for name, cost in row["attached"].items()
     ]
-    head = ["miniature", "attached", "dense forward", "more, of it", "more a call"]
+    head = ["miniature", "attached", "without", "more, of it", "more a call"]
     return table(head, rows) + "\n\n" + source(result, path)
 
 

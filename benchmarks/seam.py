@@ -4,7 +4,9 @@
 
 Every arm is a run of several steps, so that what happens once a run (the first look at every layer's output) has its
 share. On the grid of the default video the share of a step is what a user pays; on a grid of one token hardly anything
-is left of a step but Python, so that the difference a call is the seam's own (root hooks included, spread over layers).
+is left of a step but Python, so that the difference a call is the seam's own (root hooks included, spread over layers),
+with caches that the rest of the model has emptied. ``call``: one layer's attention again and again, on one token: the
+seam's Python alone.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 import falloff
 from falloff import miniature
 from falloff.evaluation.bench import record
-from falloff.evaluation.bench.timing import Arm, interleaved, tried
+from falloff.evaluation.bench.timing import Arm, Times, interleaved, tried
 from falloff.evaluation.bench.ways import EveryBlock
 
 NATIVE = "native"
@@ -54,26 +56,59 @@ def arguments(model: WanTransformer3DModel, grid: tuple[int, int, int]) -> dict[
     }
 
 
-def measure(grid: tuple[int, int, int], steps: int, rounds: int) -> dict[str, Any]:
+def attached_models() -> tuple[WanTransformer3DModel, dict[str, WanTransformer3DModel]]:
     native = WanTransformer3DModel.from_pretrained(miniature.path(), subfolder="transformer").eval()
     models = {NATIVE: native}
     for name, (method, schedule) in ATTACHED.items():
         models[name] = falloff.enable(copy.deepcopy(native), method, schedule=schedule)
-    given = arguments(native, grid)
-    arms, refused = tried(
-        {name: Arm(partial(run, model, given, steps)) for name, model in models.items()}, torch.device("cpu")
-    )
+    return native, models
+
+
+def timed(arms: dict[str, Arm], rounds: int) -> dict[str, Times]:
+    able, refused = tried(arms, torch.device("cpu"))
     if refused:
         raise SystemExit(f"cannot measure {refused}")
-    times = interleaved(arms, rounds=rounds, device=torch.device("cpu"), threads=torch.get_num_threads())
-    layers, base = len(native.blocks), times[NATIVE]
-    row: dict[str, Any] = {"grid": "x".join(map(str, grid)), "layers": layers, "steps": steps, "rounds": rounds}
-    row["native_ms"] = 1e3 * base.median / steps
-    row["attached"] = {
-        name: cost([a - b for a, b in zip(times[name].total, base.total, strict=True)], base.median, layers * steps)
+    return interleaved(able, rounds=rounds, device=torch.device("cpu"), threads=torch.get_num_threads())
+
+
+def costs(times: dict[str, Times], calls: int, steps: int = 1) -> dict[str, dict[str, float]]:
+    base = times[NATIVE]
+    return {
+        name: cost([a - b for a, b in zip(times[name].total, base.total, strict=True)], base.median, calls * steps)
         for name in ATTACHED
     }
-    return row
+
+
+def measure(grid: tuple[int, int, int], steps: int, rounds: int) -> dict[str, Any]:
+    native, models = attached_models()
+    given = arguments(native, grid)
+    times = timed({name: Arm(partial(run, model, given, steps)) for name, model in models.items()}, rounds)
+    layers = len(native.blocks)
+    row: dict[str, Any] = {"grid": "x".join(map(str, grid)), "layers": layers, "steps": steps, "rounds": rounds}
+    row["native_ms"] = 1e3 * times[NATIVE].median / steps
+    return {**row, "attached": costs(times, layers, steps)}
+
+
+def measure_call(count: int = 50, rounds: int = 200) -> dict[str, Any]:
+    native, models = attached_models()
+    given = arguments(native, (1, 1, 1))
+    layer = "blocks.0.attn1"
+    hidden = torch.randn(1, 1, native.config.num_attention_heads * native.config.attention_head_dim)
+    rotary = native.rope(given["hidden_states"])
+
+    def calls(model: WanTransformer3DModel) -> Tensor:
+        attention = model.get_submodule(layer)
+        with torch.inference_mode():
+            for _ in range(count):
+                out: Tensor = attention(hidden, None, None, rotary)
+        return out
+
+    for model in models.values():
+        run(model, given, 1)  # tells the seam the grid
+    times = timed({name: Arm(partial(calls, model)) for name, model in models.items()}, rounds)
+    base = times[NATIVE]
+    row: dict[str, Any] = {"call": layer, "calls": count, "rounds": rounds, "native_us": 1e6 * base.median / count}
+    return {**row, "attached": costs(times, count)}
 
 
 def cost(more: list[float], native: float, calls: int) -> dict[str, float]:
@@ -91,6 +126,8 @@ def main() -> None:
     for grid, (steps, rounds) in GRIDS.items():
         rows.append(measure(grid, steps, rounds))
         print(json.dumps(rows[-1]), flush=True)
+    rows.append(measure_call())
+    print(json.dumps(rows[-1]), flush=True)
     record.write(given.output, shlex.join(["python", *sys.argv]), torch.device("cpu"), rows)
 
 

@@ -4,7 +4,7 @@
     python benchmarks/training.py sparse WORK --steps 60 --output benchmarks/results/sparse-cpu.json
 
 ``length``: four times the frames, tuned with Radial Attention against tuned dense. ``sparse``: SLA against the same
-blocks alone and linear attention alone, tuned towards the dense model. All ways are tuned in turns, a third of the
+blocks alone and linear attention alone, tuned towards the dense model. All ways are tuned in turns, half of the
 steps each, so that a machine that slows down favours none, and validated with their own attention on the same clips,
 noise and noise levels. Work in WORK is gone on with when it is interrupted.
 """
@@ -41,7 +41,7 @@ from falloff.miniature.measure import call_arguments, score, verdicts
 from falloff.training import Course, Lora, Size, Sparse, train_lora, train_sparse
 from falloff.training.adapter import loaded
 
-TURNS = 3
+TURNS = 2
 CLIPS = 24
 """To tune on and to validate with."""
 CALL = call_arguments(miniature.path())
@@ -161,7 +161,7 @@ def length(work: Path, steps: int, frames: int, prompts: int, rate: float, rank:
     size = Size(frames=frames, height=CALL["height"], width=CALL["width"])
 
     def tune(name: str, course: Course) -> None:
-        lora = Lora(size=size, trained_frames=CALL["num_frames"], rank=rank, validation=4, samples=0)
+        lora = Lora(size=size, trained_frames=CALL["num_frames"], rank=rank, validation=2, samples=0)
         train_lora(
             load(),
             work / "clips",
@@ -195,7 +195,7 @@ def sparse(work: Path, steps: int, frames: int, prompts: int, rate: float, rank:
             work / "clips",
             work / name,
             methods[name],
-            Sparse(size=size, rank=rank, validation=4, samples=0),
+            Sparse(size=size, rank=rank, validation=2, samples=0),
             course,
             schedule=DENSE.schedule,
             call=CALL,
