@@ -233,7 +233,8 @@ def main() -> None:
     settings = {"frames": frames, "steps": steps, "rate": given.rate, "rank": given.rank}
     row = {"experiment": given.experiment, **settings}
     row |= measure(given.work, prompts=given.prompts, **settings)
-    record.write(given.output, shlex.join(["python", *sys.argv]), torch.device("cpu"), [row])
+    command = shlex.join(["python", *("WORK" if arg == str(given.work) else arg for arg in sys.argv)])
+    record.write(given.output, command, torch.device("cpu"), [row])
     print(json.dumps(row, indent=1))
 
 
