@@ -36,7 +36,7 @@ ATTACHED: dict[str, tuple[falloff.Method, falloff.Schedule]] = {
     "every block on": (EveryBlock(), falloff.Schedule(dense_first=0, dense_last=0, dense_layers=())),
     "kept dense": (falloff.Radial(), falloff.Schedule(dense_first=1.0)),
 }
-GRIDS = {(17, 16, 16): (5, 7), (1, 1, 1): (50, 60)}
+GRIDS = {(17, 16, 16): (3, 25), (1, 1, 1): (50, 60)}
 """Steps a run and rounds, by grid: a step of one token takes little time, and differs by little."""
 
 
