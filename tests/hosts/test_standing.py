@@ -9,7 +9,7 @@ from tiny import ALWAYS, Frames, inputs, transformer
 
 import falloff
 from falloff import Method, Plan, Schedule
-from falloff.hosts import diffusers as seam
+from falloff.hosts import standing as seam
 from falloff.methods import Call, State
 from falloff.session import Position
 

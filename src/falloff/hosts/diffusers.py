@@ -12,8 +12,7 @@ import copy
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,7 @@ from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
 from falloff.hosts.layers import layer_of
 from falloff.hosts.listener import Listener, listen, unlisten
 from falloff.hosts.where import Watch
-from falloff.methods.base import Method
-from falloff.session import DenseBackend, Position, Seat, Session
+from falloff.session import DenseBackend, Seat, Session
 
 NAME = "falloff"
 
@@ -216,45 +214,6 @@ def attach(models: Sequence[nn.Module], hosts: Sequence[Host], session: Session,
 def attached(model: nn.Module) -> Attachment | None:
     """The attachment of a model, if it has one."""
     return getattr(model, "_falloff", None)
-
-
-@contextmanager
-def standing(model: nn.Module, position: Position) -> Iterator[None]:
-    """Forwards by hand stand here, each as a run of its own; for training, where a noise level is a step.
-
-    What a method kept in a forward is gone after it, so that a layer computed again for its gradient is planned as it
-    was the first time. Does nothing to a model without falloff.
-    """
-    attachment = attached(model)
-    if attachment is None:
-        yield
-        return
-    attachment.watch.told = position
-    try:
-        yield
-    finally:
-        attachment.watch.told = None
-        attachment.session.forget()
-
-
-@contextmanager
-def dense(model: nn.Module, reason: str) -> Iterator[None]:
-    """All attention of a model is dense for a while. Does nothing to a model without falloff."""
-    attachment = attached(model)
-    if attachment is not None:
-        attachment.stays_dense = reason
-    try:
-        yield
-    finally:
-        if attachment is not None:
-            attachment.stays_dense = None
-
-
-def replan(model: nn.Module, method: Method) -> None:
-    """Go on with other settings of the method that is attached; what it has learned stays."""
-    attachment = attached(model)
-    assert attachment is not None
-    attachment.session.replan(method)
 
 
 def detach(attachment: Attachment) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from falloff.hosts import diffusers as seam
+from falloff.hosts import standing as seam
 from falloff.session import Position
 from falloff.training.errors import TrainingError
 from falloff.training.families import Family, Text

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from falloff import api
-from falloff.hosts import diffusers as seam
+from falloff.hosts import standing as seam
 from falloff.methods.base import Method
 from falloff.recipe import Recipe
 from falloff.schedule import Schedule
