@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,14 +23,10 @@ from falloff.kernels.needs import differentiable
 from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.branch import Work
 from falloff.plan import Plan
-from falloff.reporting import Record, Report, Stopwatch
+from falloff.plans import Kept, PlanCache
+from falloff.reporting import Journal, Note, Report, Stopwatch
 from falloff.schedule import Schedule
 from falloff.trained import Trained
-
-PLANS_KEPT = 8
-"""Plans of a static method kept at once: one for every size in use."""
-RECORDS_KEPT = 100_000
-"""Bound on the memory of a run that never ends, as training without a pipeline is one."""
 
 
 class MethodError(RuntimeError):
@@ -86,12 +81,10 @@ class Session:
         self.kernel = kernel
         self.timing = timing
         self.position = Position(run=-1)
-        self._plans: dict[tuple[Sequence, torch.device], Plan | Dense] = {}
-        self._rehearsed: WeakKeyDictionary[Plan, set[torch.dtype]] = WeakKeyDictionary()
+        self._plans = PlanCache()
         self._states: dict[tuple[int, int, str | None], State] = {}
         self._shared: dict[Any, Any] = {}
-        self._calls: deque[tuple[dict[str, Any], Stopwatch | None]] = deque(maxlen=RECORDS_KEPT)
-        self._forwards: deque[Stopwatch] = deque(maxlen=RECORDS_KEPT)
+        self._journal = Journal()
         self._last_plan: Plan | None = None
         self._last_choice: kernels.Choice | None = None
         self._stays_dense: str | None = None
@@ -129,8 +122,7 @@ class Session:
         if position.run != self.position.run:
             self._states.clear()
             self._shared.clear()
-            self._calls.clear()
-            self._forwards.clear()
+            self._journal.clear()
             self._looked_at.clear()
             self._last_plan = self._last_choice = None
         self._looks.clear()
@@ -139,7 +131,7 @@ class Session:
         self._share = share
         self.trained.begin(device)
         if self.timing:
-            self._forwards.append(Stopwatch(device))
+            self._journal.forwards.append(Stopwatch(device))
 
     def replan(self, method: Method) -> None:
         """Plan by other settings of the same method from now on."""
@@ -155,8 +147,8 @@ class Session:
 
     def end(self) -> None:
         """The root forward is over. Raises ``OutputError`` when a layer put out what attention cannot."""
-        if self._forwards:
-            self._forwards[-1].stop()
+        if self._journal.forwards:
+            self._journal.forwards[-1].stop()
         looks, self._looks = self._looks, []
         sanity.judge(looks)
 
@@ -180,32 +172,29 @@ class Session:
         """
         started = time.perf_counter()
         sequence = self._sequence(seat, grid, q_BSHD, k_BSHD, mask)
-        plan: Plan | Dense
-        ahead: Plan | None
         if isinstance(sequence, Dense):
-            plan, ahead = sequence, None
+            plan: Plan | Dense = sequence
+            ahead = None
         else:
             plan = self._decide(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
             ahead = self._plan_ahead(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-        note: dict[str, Any] = {"plan_seconds": time.perf_counter() - started}
+        planned = time.perf_counter() - started
         if ahead is not None:
             self._rehearse(ahead, seat, q_BSHD, k_BSHD, v_BSHD, mask, scale)
         watch = Stopwatch(q_BSHD.device) if self.timing else None
         if isinstance(plan, Dense):
             out = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
-            note.update(density=1.0, kernel=dense.name(), reason=plan.reason)
-        else:
-            kept, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
-            assert isinstance(sequence, Sequence)  # a plan was made for it
-            tensors = (q_BSHD, k_BSHD, v_BSHD, kept)
-            out = self._extended(seat, sequence, plan, tensors, mask, scale, hidden)
-            note.update(density=plan.density, kernel=choice.name, reason=None)
-            self._last_plan, self._last_choice = plan, choice
-        self._note(seat, note, watch.stop() if watch else None)
-        if not isinstance(plan, Dense) and (seat.model, seat.layer) not in self._looked_at:
+            self._note(seat, 1.0, dense.name(), plan.reason, planned, watch)
+            return out, False
+        kept, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
+        assert isinstance(sequence, Sequence)  # a plan was made for it
+        out = self._extended(seat, sequence, plan, (q_BSHD, k_BSHD, v_BSHD, kept), mask, scale, hidden)
+        self._note(seat, plan.density, choice.name, None, planned, watch)
+        self._last_plan, self._last_choice = plan, choice
+        if (seat.model, seat.layer) not in self._looked_at:
             self._looked_at.add((seat.model, seat.layer))
             self._look(seat, choice, q_BSHD, k_BSHD, v_BSHD, kept)
-        return out, not isinstance(plan, Dense)
+        return out, True
 
     def attend_again(
         self,
@@ -227,8 +216,10 @@ class Session:
             return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
         if not self.method.static:
             raise MethodError(f"{self.method.name} plans from queries and keys; train it in eager mode, not compiled")
-        plan = self._cached_plan(seat, _sequence(seat, grid, q_BSHD.shape[1]), q_BSHD, k_BSHD, v_BSHD)
-        assert isinstance(plan, Plan)  # it was one when the call was first run
+        sequence = _sequence(grid, q_BSHD.shape[1], seat.text_side)
+        assert isinstance(sequence, Sequence)  # it was one when the call was first run
+        plan = self._kept(seat, sequence, q_BSHD, k_BSHD, v_BSHD).plan
+        assert isinstance(plan, Plan)  # likewise
         return self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)[0]
 
     def report(self) -> Report:
@@ -236,8 +227,8 @@ class Session:
         return Report(
             method=self.method,
             schedule=self.schedule,
-            calls=[Record(**note, attention_seconds=watch.seconds() if watch else None) for note, watch in self._calls],
-            forward_seconds=sum(watch.seconds() or 0.0 for watch in self._forwards) if self.timing else None,
+            calls=self._journal.records(),
+            forward_seconds=self._journal.forward_seconds() if self.timing else None,
             plan=self._last_plan,
             choice=str(self._last_choice) if self._last_choice is not None else None,
         )
@@ -257,8 +248,7 @@ class Session:
         A plan that leaves nothing out is the model's own attention, unless the user wants a certain kernel.
         """
         if self._leaves_nothing_out(plan):
-            choice = kernels.Choice(dense.name(), "the plan leaves nothing out: the model's own attention", ())
-            return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), choice
+            return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), _models_own(dense.name())
         return self._compute(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale)
 
     def _compute(
@@ -319,10 +309,7 @@ class Session:
             return Dense(f"{tokens} queries attend to {keys} keys: no self-attention")
         if (fault := mask_fault(mask)) is not None:
             return Dense(fault)
-        text = tokens - grid.tokens
-        if text < 0 or (text > 0 and seat.text_side is None):
-            return Dense(f"{tokens} tokens do not fit the grid {grid} of {grid.tokens}")
-        return _sequence(seat, grid, tokens)
+        return _sequence(grid, tokens, seat.text_side)
 
     def _decide(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Plan | Dense:
         where = self.position
@@ -330,26 +317,27 @@ class Session:
         if reason is not None:
             return Dense(reason)
         if self.method.static:
-            return self._cached_plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+            return self._kept(seat, sequence, q_BSHD, k_BSHD, v_BSHD).plan
         return self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
 
     def _plan_ahead(
         self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
-    ) -> Plan | None:
+    ) -> Kept | None:
         """The plan of later steps, in the dense first ones; once for every size, device and type."""
         where = self.position
         if not self.method.static or not self.schedule.sparse_later(
             layer=seat.layer, step=where.step, steps=where.steps
         ):
             return None
-        plan = self._cached_plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-        if isinstance(plan, Dense) or self._leaves_nothing_out(plan) or q_BSHD.dtype in self._rehearsed.get(plan, ()):
+        kept = self._kept(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+        plan = kept.plan
+        if isinstance(plan, Dense) or self._leaves_nothing_out(plan) or q_BSHD.dtype in kept.tried:
             return None
-        return plan
+        return kept
 
     def _rehearse(
         self,
-        plan: Plan,
+        kept: Kept,
         seat: Seat,
         q_BSHD: Tensor,
         k_BSHD: Tensor,
@@ -358,16 +346,17 @@ class Session:
         scale: float | None,
     ) -> None:
         """Run a plan on the first sample of a dense call, so that a fault shows before minutes are spent."""
+        assert isinstance(kept.plan, Plan)  # one to be tried
         q, k, v = (x[:1].detach().requires_grad_(x.requires_grad) for x in (q_BSHD, k_BSHD, v_BSHD))
         try:
-            out, choice = self._compute(plan, q, k, v, None if mask is None else mask[:1], scale)
+            out, choice = self._compute(kept.plan, q, k, v, None if mask is None else mask[:1], scale)
         except Exception as error:  # whatever a kernel raises, the user must learn what was tried
             raise RehearsalError(
                 f"falloff tried the sparse attention of later steps before the first one, with {self.method.name} and "
                 f"kernel={self.kernel!r} in {self._words(seat, q)}, and it failed: {error}. Choose another "
                 "kernel (see falloff doctor) or method, or falloff.disable"
             ) from error
-        self._rehearsed.setdefault(plan, set()).add(q.dtype)
+        kept.tried.add(q.dtype)
         self._look(seat, choice, q, k, v, out)
 
     def _look(
@@ -383,16 +372,11 @@ class Session:
             f"layer {seat.layer}, step {where.step}, branch {where.branch}, {q_BSHD.shape[1]} tokens in {q_BSHD.dtype}"
         )
 
-    def _cached_plan(
-        self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
-    ) -> Plan | Dense:
+    def _kept(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Kept:
         """One plan object for every layer, step and branch of a static method."""
-        key = (sequence, q_BSHD.device)
-        if key not in self._plans:
-            if len(self._plans) >= PLANS_KEPT:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-        return self._plans[key]
+        return self._plans.get(
+            sequence, q_BSHD.device, lambda: self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+        )
 
     def _plan(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Plan | Dense:
         where = self.position
@@ -414,14 +398,31 @@ class Session:
             _fail(self.method, call, error)
         return plan if isinstance(plan, Dense) else plan.to(q_BSHD.device)
 
-    def _note(self, seat: Seat, note: dict[str, Any], watch: Stopwatch | None) -> None:
+    def _note(
+        self, seat: Seat, density: float, kernel: str, reason: str | None, planned: float, watch: Stopwatch | None
+    ) -> None:
         where = self.position
-        note.update(run=where.run, step=where.step, branch=where.branch, model=seat.model, layer=seat.layer)
-        self._calls.append((note, watch))
+        if watch is not None:
+            watch.stop()
+        self._journal.calls.append(
+            Note(
+                where.run, where.step, seat.model, seat.layer, where.branch, density, kernel, reason, planned, watch
+            )
+        )
 
 
-def _sequence(seat: Seat, grid: Grid, tokens: int) -> Sequence:
-    return Sequence(grid, tokens - grid.tokens, seat.text_side or "after")
+@lru_cache(maxsize=64)
+def _sequence(grid: Grid, tokens: int, text_side: Literal["after", "before"] | None) -> Sequence | Dense:
+    """The sequence of so many tokens, of which the grid's are a part, or why there is none. The same for all layers."""
+    text = tokens - grid.tokens
+    if text < 0 or (text > 0 and text_side is None):
+        return Dense(f"{tokens} tokens do not fit the grid {grid} of {grid.tokens}")
+    return Sequence(grid, text, text_side or "after")
+
+
+@lru_cache(maxsize=64)
+def _models_own(name: str) -> kernels.Choice:
+    return kernels.Choice(name, "the plan leaves nothing out: the model's own attention", ())
 
 
 def _covered(hidden: Tensor | None, sequence: Sequence) -> slice | None:

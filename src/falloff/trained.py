@@ -20,12 +20,15 @@ class Trained:
 
     def __init__(self) -> None:
         self.modules = nn.ModuleDict()
+        self._by_layer: dict[tuple[int, int], Branch] = {}
+        """The same modules, for the question of every call: to look through ``modules`` takes longer than its rest."""
         self._device: torch.device | None = None
         self._gradients = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trained:
         twin = Trained()
         twin.modules = copy.deepcopy(self.modules, memo)
+        twin._by_layer = copy.deepcopy(self._by_layer, memo)  # by the memo, the same modules again
         return twin
 
     def add(self, method: Method, model: int, layer: int, shape: Layer, device: torch.device) -> Branch:
@@ -33,6 +36,7 @@ class Trained:
         layers, branch = self.layers(model), method.branch(shape).to(device)
         layers[str(layer)] = branch
         self.modules[str(model)] = layers
+        self._by_layer[model, layer] = branch
         return branch
 
     def layers(self, model: int) -> nn.ModuleDict:
@@ -43,12 +47,7 @@ class Trained:
 
     def of(self, model: int, layer: int) -> Branch | None:
         """The parameters of a layer, if it has some."""
-        layers = self.layers(model)
-        if str(layer) not in layers:
-            return None
-        branch = layers[str(layer)]
-        assert isinstance(branch, Branch)
-        return branch
+        return self._by_layer.get((model, layer))
 
     def read_hidden(self, model: int) -> bool:
         """Whether a model's parameters act on hidden states."""
