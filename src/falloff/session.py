@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from falloff.methods.base import Call, Dense, Method, State
 from falloff.methods.branch import Work
 from falloff.plan import Plan
 from falloff.plans import Kept, PlanCache
-from falloff.reporting import Journal, Note, Report, Stopwatch
+from falloff.reporting import Journal, Report, Stopwatch
 from falloff.schedule import Schedule
 from falloff.trained import Trained
 
@@ -68,6 +68,16 @@ class DenseBackend:
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 
 
+class Decision(NamedTuple):
+    """What becomes of a call: a plan for its sequence, or the model's own attention for a reason."""
+
+    reason: str | None
+    sequence: Sequence | None = None
+    plan: Plan | None = None
+    lasts: bool = True
+    """Whether it holds for all calls of the forward that look the same."""
+
+
 class Session:
     """A method with its schedule and kernel, at work in one or more models.
 
@@ -88,6 +98,7 @@ class Session:
         self._last_plan: Plan | None = None
         self._last_choice: kernels.Choice | None = None
         self._stays_dense: str | None = None
+        self._latest: tuple[tuple[Any, ...], Decision] | None = None
         self._looked_at: set[tuple[int, int]] = set()
         self._looks: list[sanity.Look] = []
         self._share = 0
@@ -126,6 +137,7 @@ class Session:
             self._looked_at.clear()
             self._last_plan = self._last_choice = None
         self._looks.clear()
+        self._latest = None
         self.position = position
         self._stays_dense = stays_dense
         self._share = share
@@ -140,6 +152,7 @@ class Session:
         if method != self.method:
             self.method = method
             self._plans.clear()
+            self._latest = None
 
     def forget(self) -> None:
         """Drop what the method has kept for later calls of the run."""
@@ -170,26 +183,22 @@ class Session:
         ``mask``: as for PyTorch's attention. A plan is made only where it is over keys alone, bool [B, 1, 1, S].
         ``hidden``: the layer's input [B, S, C] or that of the grid's tokens alone, for a branch that reads it.
         """
-        started = time.perf_counter()
-        sequence = self._sequence(seat, grid, q_BSHD, k_BSHD, mask)
-        if isinstance(sequence, Dense):
-            plan: Plan | Dense = sequence
-            ahead = None
-        else:
-            plan = self._decide(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-            ahead = self._plan_ahead(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-        planned = time.perf_counter() - started
-        if ahead is not None:
-            self._rehearse(ahead, seat, q_BSHD, k_BSHD, v_BSHD, mask, scale)
+        does, planned = self._decision(seat, q_BSHD, k_BSHD, v_BSHD, grid, mask, scale)
+        plan, where = does.plan, self.position
         watch = Stopwatch(q_BSHD.device) if self.timing else None
-        if isinstance(plan, Dense):
-            out = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
-            self._note(seat, 1.0, dense.name(), plan.reason, planned, watch)
+        if plan is None:
+            out, kernel, density = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), dense.name(), 1.0
+        else:
+            kept, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
+            out = self._extended(seat, does, (q_BSHD, k_BSHD, v_BSHD, kept), mask, scale, hidden)
+            kernel, density = choice.name, plan.density
+        if watch is not None:
+            watch.stop()
+        self._journal.calls.append(
+            (where.run, where.step, seat.model, seat.layer, where.branch, density, kernel, does.reason, planned, watch)
+        )
+        if plan is None:
             return out, False
-        kept, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
-        assert isinstance(sequence, Sequence)  # a plan was made for it
-        out = self._extended(seat, sequence, plan, (q_BSHD, k_BSHD, v_BSHD, kept), mask, scale, hidden)
-        self._note(seat, plan.density, choice.name, None, planned, watch)
         self._last_plan, self._last_choice = plan, choice
         if (seat.model, seat.layer) not in self._looked_at:
             self._looked_at.add((seat.model, seat.layer))
@@ -216,10 +225,8 @@ class Session:
             return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
         if not self.method.static:
             raise MethodError(f"{self.method.name} plans from queries and keys; train it in eager mode, not compiled")
-        sequence = _sequence(grid, q_BSHD.shape[1], seat.text_side)
-        assert isinstance(sequence, Sequence)  # it was one when the call was first run
-        plan = self._kept(seat, sequence, q_BSHD, k_BSHD, v_BSHD).plan
-        assert isinstance(plan, Plan)  # likewise
+        plan = self._kept(seat, _sequence(seat, grid, q_BSHD.shape[1]), q_BSHD, k_BSHD, v_BSHD).plan
+        assert isinstance(plan, Plan)  # it was one when the call was first run
         return self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)[0]
 
     def report(self) -> Report:
@@ -265,8 +272,7 @@ class Session:
     def _extended(
         self,
         seat: Seat,
-        sequence: Sequence,
-        plan: Plan,
+        does: Decision,
         tensors_BSHD: tuple[Tensor, Tensor, Tensor, Tensor],
         mask: Tensor | None,
         scale: float | None,
@@ -276,9 +282,11 @@ class Session:
         branch = self.trained.of(seat.model, seat.layer)
         if branch is None:
             return tensors_BSHD[3]
+        assert does.plan is not None  # what is extended
+        assert does.sequence is not None  # what it was made for
         q, k, v, out = (x.transpose(1, 2) for x in tensors_BSHD)
         work = Work(
-            plan=plan,
+            plan=does.plan,
             q_BHND=q,
             k_BHND=k,
             v_BHND=v,
@@ -286,7 +294,7 @@ class Session:
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             key_valid_BN=valid_keys(mask, len(q)),
             hidden_BSC=hidden,
-            hidden_tokens=_covered(hidden, sequence),
+            hidden_tokens=_covered(hidden, does.sequence),
             first_head=self._share * q.shape[1],
         )
         with torch.autocast(q.device.type, enabled=False):  # its sums are too long for half precision
@@ -296,38 +304,78 @@ class Session:
     def _leaves_nothing_out(self, plan: Plan) -> bool:
         return self.kernel == "auto" and plan.density == 1 and plan.skip is None
 
-    def _sequence(
-        self, seat: Seat, grid: Grid | None, q_BSHD: Tensor, k_BSHD: Tensor, mask: Tensor | None
-    ) -> Sequence | Dense:
-        """The tokens of a call, or why it has none that a method could plan for."""
+    def _decision(
+        self,
+        seat: Seat,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        grid: Grid | None,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> tuple[Decision, float]:
+        """What becomes of a call, and the seconds it took to plan it.
+
+        Layers are alike: nearly always it is what became of the last one's call, and no more than that is looked at.
+        """
+        alike = (
+            grid,
+            q_BSHD.shape,
+            k_BSHD.shape,
+            q_BSHD.dtype,
+            q_BSHD.device,
+            None if mask is None else (mask.shape, mask.dtype),
+            seat.text_side,
+            seat.layer in self.schedule.dense_layers,
+        )
+        if self._latest is not None and self._latest[0] == alike:
+            return self._latest[1], 0.0
+        started = time.perf_counter()
+        does = self._decide(seat, q_BSHD, k_BSHD, v_BSHD, grid, mask)
+        ahead = self._plan_ahead(seat, does.sequence, q_BSHD, k_BSHD, v_BSHD)
+        planned = time.perf_counter() - started
+        if ahead is not None:
+            self._rehearse(ahead, seat, q_BSHD, k_BSHD, v_BSHD, mask, scale)
+        self._latest = (alike, does) if does.lasts else None
+        return does, planned
+
+    def _decide(
+        self, seat: Seat, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, grid: Grid | None, mask: Tensor | None
+    ) -> Decision:
         if self._stays_dense is not None:
-            return Dense(self._stays_dense)
+            return Decision(self._stays_dense)
         if grid is None:
-            return Dense("grid unknown")
+            return Decision("grid unknown")
         tokens, keys = q_BSHD.shape[1], k_BSHD.shape[1]
         if keys != tokens:
-            return Dense(f"{tokens} queries attend to {keys} keys: no self-attention")
+            return Decision(f"{tokens} queries attend to {keys} keys: no self-attention")
         if (fault := mask_fault(mask)) is not None:
-            return Dense(fault)
-        return _sequence(grid, tokens, seat.text_side)
-
-    def _decide(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Plan | Dense:
-        where = self.position
+            return Decision(fault)
+        text = tokens - grid.tokens
+        if text < 0 or (text > 0 and seat.text_side is None):
+            return Decision(f"{tokens} tokens do not fit the grid {grid} of {grid.tokens}")
+        where, sequence = self.position, _sequence(seat, grid, tokens)
         reason = self.schedule.reason(layer=seat.layer, step=where.step, steps=where.steps)
         if reason is not None:
-            return Dense(reason)
-        if self.method.static:
-            return self._kept(seat, sequence, q_BSHD, k_BSHD, v_BSHD).plan
-        return self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+            return Decision(reason, sequence)
+        static = self.method.static
+        plan = (
+            self._kept(seat, sequence, q_BSHD, k_BSHD, v_BSHD).plan
+            if static
+            else self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+        )
+        if isinstance(plan, Dense):
+            return Decision(plan.reason, sequence, lasts=static)
+        return Decision(None, sequence, plan, lasts=static)
 
     def _plan_ahead(
-        self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
+        self, seat: Seat, sequence: Sequence | None, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
     ) -> Kept | None:
         """The plan of later steps, in the dense first ones; once for every size, device and type."""
         where = self.position
-        if not self.method.static or not self.schedule.sparse_later(
-            layer=seat.layer, step=where.step, steps=where.steps
-        ):
+        if sequence is None or not self.method.static:
+            return None
+        if not self.schedule.sparse_later(layer=seat.layer, step=where.step, steps=where.steps):
             return None
         kept = self._kept(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
         plan = kept.plan
@@ -398,26 +446,9 @@ class Session:
             _fail(self.method, call, error)
         return plan if isinstance(plan, Dense) else plan.to(q_BSHD.device)
 
-    def _note(
-        self, seat: Seat, density: float, kernel: str, reason: str | None, planned: float, watch: Stopwatch | None
-    ) -> None:
-        where = self.position
-        if watch is not None:
-            watch.stop()
-        self._journal.calls.append(
-            Note(
-                where.run, where.step, seat.model, seat.layer, where.branch, density, kernel, reason, planned, watch
-            )
-        )
 
-
-@lru_cache(maxsize=64)
-def _sequence(grid: Grid, tokens: int, text_side: Literal["after", "before"] | None) -> Sequence | Dense:
-    """The sequence of so many tokens, of which the grid's are a part, or why there is none. The same for all layers."""
-    text = tokens - grid.tokens
-    if text < 0 or (text > 0 and text_side is None):
-        return Dense(f"{tokens} tokens do not fit the grid {grid} of {grid.tokens}")
-    return Sequence(grid, text, text_side or "after")
+def _sequence(seat: Seat, grid: Grid, tokens: int) -> Sequence:
+    return Sequence(grid, tokens - grid.tokens, seat.text_side or "after")
 
 
 @lru_cache(maxsize=64)
