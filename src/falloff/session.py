@@ -21,12 +21,11 @@ from falloff.geometry import Grid, Sequence
 from falloff.kernels.masks import mask_fault, valid_keys
 from falloff.kernels.needs import differentiable
 from falloff.methods.base import Call, Dense, Method, State
-from falloff.methods.branch import Work
 from falloff.plan import Plan
 from falloff.plans import Kept, PlanCache
 from falloff.reporting import Journal, Report, Stopwatch
 from falloff.schedule import Schedule
-from falloff.trained import Trained
+from falloff.trained import Trained, extended
 
 
 class MethodError(RuntimeError):
@@ -190,8 +189,12 @@ class Session:
             out, kernel, density = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), dense.name(), 1.0
         else:
             kept, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
-            out = self._extended(seat, does, (q_BSHD, k_BSHD, v_BSHD, kept), mask, scale, hidden)
-            kernel, density = choice.name, plan.density
+            out, kernel, density = kept, choice.name, plan.density
+            branch = self.trained.of(seat.model, seat.layer)
+            if branch is not None:
+                assert does.sequence is not None  # the plan's
+                first_head, tensors = self._share * q_BSHD.shape[2], (q_BSHD, k_BSHD, v_BSHD, kept)
+                out = extended(branch, plan, does.sequence, tensors, mask, scale, hidden, first_head)
         if watch is not None:
             watch.stop()
         self._journal.calls.append(
@@ -268,38 +271,6 @@ class Session:
             plan, q, k, v, scale=scale, key_valid=valid, impl=self.kernel, needs_lse=False
         )
         return out.transpose(1, 2), choice
-
-    def _extended(
-        self,
-        seat: Seat,
-        does: Decision,
-        tensors_BSHD: tuple[Tensor, Tensor, Tensor, Tensor],
-        mask: Tensor | None,
-        scale: float | None,
-        hidden: Tensor | None,
-    ) -> Tensor:
-        """The output with what the layer has learned, [B, S, H, D], from q, k, v and the output without."""
-        branch = self.trained.of(seat.model, seat.layer)
-        if branch is None:
-            return tensors_BSHD[3]
-        assert does.plan is not None  # what is extended
-        assert does.sequence is not None  # what it was made for
-        q, k, v, out = (x.transpose(1, 2) for x in tensors_BSHD)
-        work = Work(
-            plan=does.plan,
-            q_BHND=q,
-            k_BHND=k,
-            v_BHND=v,
-            out_BHND=out,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            key_valid_BN=valid_keys(mask, len(q)),
-            hidden_BSC=hidden,
-            hidden_tokens=_covered(hidden, does.sequence),
-            first_head=self._share * q.shape[1],
-        )
-        with torch.autocast(q.device.type, enabled=False):  # its sums are too long for half precision
-            extended: Tensor = branch(work)
-        return extended.transpose(1, 2)
 
     def _leaves_nothing_out(self, plan: Plan) -> bool:
         return self.kernel == "auto" and plan.density == 1 and plan.skip is None
@@ -422,9 +393,7 @@ class Session:
 
     def _kept(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Kept:
         """One plan object for every layer, step and branch of a static method."""
-        return self._plans.get(
-            sequence, q_BSHD.device, lambda: self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-        )
+        return self._plans.get(sequence, q_BSHD.device, lambda: self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD))
 
     def _plan(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Plan | Dense:
         where = self.position
@@ -454,13 +423,6 @@ def _sequence(seat: Seat, grid: Grid, tokens: int) -> Sequence:
 @lru_cache(maxsize=64)
 def _models_own(name: str) -> kernels.Choice:
     return kernels.Choice(name, "the plan leaves nothing out: the model's own attention", ())
-
-
-def _covered(hidden: Tensor | None, sequence: Sequence) -> slice | None:
-    """The tokens of a sequence that hidden states [B, S, C] are of: all, or those of the grid."""
-    if hidden is None or hidden.shape[1] == sequence.tokens:
-        return None
-    return slice(sequence.video_start, sequence.video_start + sequence.grid.tokens)
 
 
 def _fail(method: Method, call: Call, error: Exception) -> NoReturn:

@@ -346,11 +346,13 @@ def _dense_backend(key: Any | None, *, per_sample: bool) -> DenseBackend:
     """The backend that a processor named, or the global one of the moment when it named none; never falloff itself."""
 
     def backend() -> Any:
-        chosen = key if key is not None else _AttentionBackendRegistry.get_active_backend()[0]
+        chosen = key if key is not None else _AttentionBackendRegistry._active_backend
         return AttentionBackendName.NATIVE if chosen is KEY else chosen
 
     def name() -> str:
-        return str(AttentionBackendName(backend()).value)
+        return str.__str__(
+            backend()
+        )  # a member of the enum is a string itself; to ask the enum takes ten times as long
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         if per_sample:

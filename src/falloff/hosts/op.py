@@ -56,7 +56,7 @@ class Slot:
         self.number = torch.tensor(number, device="cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        """A layer that is copied by itself goes on leading here; a copied model's attachment makes it one of its own."""
+        """A layer that is copied by itself goes on leading here; that of a copied model gets a slot of its own."""
         return self
 
 
