@@ -108,7 +108,7 @@ def _called(
     scale: float | None,
     hidden: Tensor | None,
 ) -> tuple[Tensor, bool]:
-    shards = _shards(slot.seat, grid, count, query)
+    shards = None if count == 1 else _shards(slot.seat, grid, count, query)
     if shards is not None:
         query, key, value, mask = (*map(shards.joined, (query, key, value)), shards.joined_mask(mask))
     out, planned = slot.session.attend(
