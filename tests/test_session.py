@@ -18,7 +18,8 @@ from falloff.kernels import UnsupportedError, reference, run
 from falloff.kernels.choose import OWN
 from falloff.kernels.kernel import Kernel
 from falloff.methods import Call, State
-from falloff.session import PLANS_KEPT, DenseBackend, MethodError, Position, Seat, Session
+from falloff.plans import PLANS_KEPT
+from falloff.session import DenseBackend, MethodError, Position, Seat, Session
 
 SEAT = Seat(model=0, layer=1, layers=2)
 CPU = torch.device("cpu")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
-from weakref import WeakKeyDictionary
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,16 +21,11 @@ from falloff.geometry import Grid, Sequence
 from falloff.kernels.masks import mask_fault, valid_keys
 from falloff.kernels.needs import differentiable
 from falloff.methods.base import Call, Dense, Method, State
-from falloff.methods.branch import Work
 from falloff.plan import Plan
-from falloff.reporting import Record, Report, Stopwatch
+from falloff.plans import Kept, PlanCache
+from falloff.reporting import Journal, Report, Stopwatch
 from falloff.schedule import Schedule
-from falloff.trained import Trained
-
-PLANS_KEPT = 8
-"""Plans of a static method kept at once: one for every size in use."""
-RECORDS_KEPT = 100_000
-"""Bound on the memory of a run that never ends, as training without a pipeline is one."""
+from falloff.trained import Trained, extended
 
 
 class MethodError(RuntimeError):
@@ -73,6 +67,16 @@ class DenseBackend:
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 
 
+class Decision(NamedTuple):
+    """What becomes of a call: a plan for its sequence, or the model's own attention for a reason."""
+
+    reason: str | None
+    sequence: Sequence | None = None
+    plan: Plan | None = None
+    lasts: bool = True
+    """Whether it holds for all calls of the forward that look the same."""
+
+
 class Session:
     """A method with its schedule and kernel, at work in one or more models.
 
@@ -86,15 +90,14 @@ class Session:
         self.kernel = kernel
         self.timing = timing
         self.position = Position(run=-1)
-        self._plans: dict[tuple[Sequence, torch.device], Plan | Dense] = {}
-        self._rehearsed: WeakKeyDictionary[Plan, set[torch.dtype]] = WeakKeyDictionary()
+        self._plans = PlanCache()
         self._states: dict[tuple[int, int, str | None], State] = {}
         self._shared: dict[Any, Any] = {}
-        self._calls: deque[tuple[dict[str, Any], Stopwatch | None]] = deque(maxlen=RECORDS_KEPT)
-        self._forwards: deque[Stopwatch] = deque(maxlen=RECORDS_KEPT)
+        self._journal = Journal()
         self._last_plan: Plan | None = None
         self._last_choice: kernels.Choice | None = None
         self._stays_dense: str | None = None
+        self._latest: tuple[tuple[Any, ...], Decision] | None = None
         self._looked_at: set[tuple[int, int]] = set()
         self._looks: list[sanity.Look] = []
         self._share = 0
@@ -129,17 +132,17 @@ class Session:
         if position.run != self.position.run:
             self._states.clear()
             self._shared.clear()
-            self._calls.clear()
-            self._forwards.clear()
+            self._journal.clear()
             self._looked_at.clear()
             self._last_plan = self._last_choice = None
         self._looks.clear()
+        self._latest = None
         self.position = position
         self._stays_dense = stays_dense
         self._share = share
         self.trained.begin(device)
         if self.timing:
-            self._forwards.append(Stopwatch(device))
+            self._journal.forwards.append(Stopwatch(device))
 
     def replan(self, method: Method) -> None:
         """Plan by other settings of the same method from now on."""
@@ -148,6 +151,7 @@ class Session:
         if method != self.method:
             self.method = method
             self._plans.clear()
+            self._latest = None
 
     def forget(self) -> None:
         """Drop what the method has kept for later calls of the run."""
@@ -155,8 +159,8 @@ class Session:
 
     def end(self) -> None:
         """The root forward is over. Raises ``OutputError`` when a layer put out what attention cannot."""
-        if self._forwards:
-            self._forwards[-1].stop()
+        if self._journal.forwards:
+            self._journal.forwards[-1].stop()
         looks, self._looks = self._looks, []
         sanity.judge(looks)
 
@@ -178,34 +182,31 @@ class Session:
         ``mask``: as for PyTorch's attention. A plan is made only where it is over keys alone, bool [B, 1, 1, S].
         ``hidden``: the layer's input [B, S, C] or that of the grid's tokens alone, for a branch that reads it.
         """
-        started = time.perf_counter()
-        sequence = self._sequence(seat, grid, q_BSHD, k_BSHD, mask)
-        plan: Plan | Dense
-        ahead: Plan | None
-        if isinstance(sequence, Dense):
-            plan, ahead = sequence, None
-        else:
-            plan = self._decide(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-            ahead = self._plan_ahead(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-        note: dict[str, Any] = {"plan_seconds": time.perf_counter() - started}
-        if ahead is not None:
-            self._rehearse(ahead, seat, q_BSHD, k_BSHD, v_BSHD, mask, scale)
+        does, planned = self._decision(seat, q_BSHD, k_BSHD, v_BSHD, grid, mask, scale)
+        plan, where = does.plan, self.position
         watch = Stopwatch(q_BSHD.device) if self.timing else None
-        if isinstance(plan, Dense):
-            out = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
-            note.update(density=1.0, kernel=dense.name(), reason=plan.reason)
+        if plan is None:
+            out, kernel, density = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), dense.name(), 1.0
         else:
             kept, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
-            assert isinstance(sequence, Sequence)  # a plan was made for it
-            tensors = (q_BSHD, k_BSHD, v_BSHD, kept)
-            out = self._extended(seat, sequence, plan, tensors, mask, scale, hidden)
-            note.update(density=plan.density, kernel=choice.name, reason=None)
-            self._last_plan, self._last_choice = plan, choice
-        self._note(seat, note, watch.stop() if watch else None)
-        if not isinstance(plan, Dense) and (seat.model, seat.layer) not in self._looked_at:
+            out, kernel, density = kept, choice.name, plan.density
+            branch = self.trained.of(seat.model, seat.layer)
+            if branch is not None:
+                assert does.sequence is not None  # the plan's
+                first_head, tensors = self._share * q_BSHD.shape[2], (q_BSHD, k_BSHD, v_BSHD, kept)
+                out = extended(branch, plan, does.sequence, tensors, mask, scale, hidden, first_head)
+        if watch is not None:
+            watch.stop()
+        self._journal.calls.append(
+            (where.run, where.step, seat.model, seat.layer, where.branch, density, kernel, does.reason, planned, watch)
+        )
+        if plan is None:
+            return out, False
+        self._last_plan, self._last_choice = plan, choice
+        if (seat.model, seat.layer) not in self._looked_at:
             self._looked_at.add((seat.model, seat.layer))
             self._look(seat, choice, q_BSHD, k_BSHD, v_BSHD, kept)
-        return out, not isinstance(plan, Dense)
+        return out, True
 
     def attend_again(
         self,
@@ -227,7 +228,7 @@ class Session:
             return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
         if not self.method.static:
             raise MethodError(f"{self.method.name} plans from queries and keys; train it in eager mode, not compiled")
-        plan = self._cached_plan(seat, _sequence(seat, grid, q_BSHD.shape[1]), q_BSHD, k_BSHD, v_BSHD)
+        plan = self._kept(seat, _sequence(seat, grid, q_BSHD.shape[1]), q_BSHD, k_BSHD, v_BSHD).plan
         assert isinstance(plan, Plan)  # it was one when the call was first run
         return self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)[0]
 
@@ -236,8 +237,8 @@ class Session:
         return Report(
             method=self.method,
             schedule=self.schedule,
-            calls=[Record(**note, attention_seconds=watch.seconds() if watch else None) for note, watch in self._calls],
-            forward_seconds=sum(watch.seconds() or 0.0 for watch in self._forwards) if self.timing else None,
+            calls=self._journal.records(),
+            forward_seconds=self._journal.forward_seconds() if self.timing else None,
             plan=self._last_plan,
             choice=str(self._last_choice) if self._last_choice is not None else None,
         )
@@ -257,8 +258,7 @@ class Session:
         A plan that leaves nothing out is the model's own attention, unless the user wants a certain kernel.
         """
         if self._leaves_nothing_out(plan):
-            choice = kernels.Choice(dense.name(), "the plan leaves nothing out: the model's own attention", ())
-            return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), choice
+            return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), _models_own(dense.name())
         return self._compute(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale)
 
     def _compute(
@@ -272,84 +272,91 @@ class Session:
         )
         return out.transpose(1, 2), choice
 
-    def _extended(
-        self,
-        seat: Seat,
-        sequence: Sequence,
-        plan: Plan,
-        tensors_BSHD: tuple[Tensor, Tensor, Tensor, Tensor],
-        mask: Tensor | None,
-        scale: float | None,
-        hidden: Tensor | None,
-    ) -> Tensor:
-        """The output with what the layer has learned, [B, S, H, D], from q, k, v and the output without."""
-        branch = self.trained.of(seat.model, seat.layer)
-        if branch is None:
-            return tensors_BSHD[3]
-        q, k, v, out = (x.transpose(1, 2) for x in tensors_BSHD)
-        work = Work(
-            plan=plan,
-            q_BHND=q,
-            k_BHND=k,
-            v_BHND=v,
-            out_BHND=out,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            key_valid_BN=valid_keys(mask, len(q)),
-            hidden_BSC=hidden,
-            hidden_tokens=_covered(hidden, sequence),
-            first_head=self._share * q.shape[1],
-        )
-        with torch.autocast(q.device.type, enabled=False):  # its sums are too long for half precision
-            extended: Tensor = branch(work)
-        return extended.transpose(1, 2)
-
     def _leaves_nothing_out(self, plan: Plan) -> bool:
         return self.kernel == "auto" and plan.density == 1 and plan.skip is None
 
-    def _sequence(
-        self, seat: Seat, grid: Grid | None, q_BSHD: Tensor, k_BSHD: Tensor, mask: Tensor | None
-    ) -> Sequence | Dense:
-        """The tokens of a call, or why it has none that a method could plan for."""
+    def _decision(
+        self,
+        seat: Seat,
+        q_BSHD: Tensor,
+        k_BSHD: Tensor,
+        v_BSHD: Tensor,
+        grid: Grid | None,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> tuple[Decision, float]:
+        """What becomes of a call, and the seconds it took to plan it.
+
+        Layers are alike: nearly always it is what became of the last one's call, and no more than that is looked at.
+        """
+        alike = (
+            grid,
+            q_BSHD.shape,
+            k_BSHD.shape,
+            q_BSHD.dtype,
+            q_BSHD.device,
+            None if mask is None else (mask.shape, mask.dtype),
+            seat.text_side,
+            seat.layer in self.schedule.dense_layers,
+        )
+        if self._latest is not None and self._latest[0] == alike:
+            return self._latest[1], 0.0
+        started = time.perf_counter()
+        does = self._decide(seat, q_BSHD, k_BSHD, v_BSHD, grid, mask)
+        ahead = self._plan_ahead(seat, does.sequence, q_BSHD, k_BSHD, v_BSHD)
+        planned = time.perf_counter() - started
+        if ahead is not None:
+            self._rehearse(ahead, seat, q_BSHD, k_BSHD, v_BSHD, mask, scale)
+        self._latest = (alike, does) if does.lasts else None
+        return does, planned
+
+    def _decide(
+        self, seat: Seat, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, grid: Grid | None, mask: Tensor | None
+    ) -> Decision:
         if self._stays_dense is not None:
-            return Dense(self._stays_dense)
+            return Decision(self._stays_dense)
         if grid is None:
-            return Dense("grid unknown")
+            return Decision("grid unknown")
         tokens, keys = q_BSHD.shape[1], k_BSHD.shape[1]
         if keys != tokens:
-            return Dense(f"{tokens} queries attend to {keys} keys: no self-attention")
+            return Decision(f"{tokens} queries attend to {keys} keys: no self-attention")
         if (fault := mask_fault(mask)) is not None:
-            return Dense(fault)
+            return Decision(fault)
         text = tokens - grid.tokens
         if text < 0 or (text > 0 and seat.text_side is None):
-            return Dense(f"{tokens} tokens do not fit the grid {grid} of {grid.tokens}")
-        return _sequence(seat, grid, tokens)
-
-    def _decide(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Plan | Dense:
-        where = self.position
+            return Decision(f"{tokens} tokens do not fit the grid {grid} of {grid.tokens}")
+        where, sequence = self.position, _sequence(seat, grid, tokens)
         reason = self.schedule.reason(layer=seat.layer, step=where.step, steps=where.steps)
         if reason is not None:
-            return Dense(reason)
-        if self.method.static:
-            return self._cached_plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-        return self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+            return Decision(reason, sequence)
+        static = self.method.static
+        plan = (
+            self._kept(seat, sequence, q_BSHD, k_BSHD, v_BSHD).plan
+            if static
+            else self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+        )
+        if isinstance(plan, Dense):
+            return Decision(plan.reason, sequence, lasts=static)
+        return Decision(None, sequence, plan, lasts=static)
 
     def _plan_ahead(
-        self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
-    ) -> Plan | None:
+        self, seat: Seat, sequence: Sequence | None, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
+    ) -> Kept | None:
         """The plan of later steps, in the dense first ones; once for every size, device and type."""
         where = self.position
-        if not self.method.static or not self.schedule.sparse_later(
-            layer=seat.layer, step=where.step, steps=where.steps
-        ):
+        if sequence is None or not self.method.static:
             return None
-        plan = self._cached_plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-        if isinstance(plan, Dense) or self._leaves_nothing_out(plan) or q_BSHD.dtype in self._rehearsed.get(plan, ()):
+        if not self.schedule.sparse_later(layer=seat.layer, step=where.step, steps=where.steps):
             return None
-        return plan
+        kept = self._kept(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
+        plan = kept.plan
+        if isinstance(plan, Dense) or self._leaves_nothing_out(plan) or q_BSHD.dtype in kept.tried:
+            return None
+        return kept
 
     def _rehearse(
         self,
-        plan: Plan,
+        kept: Kept,
         seat: Seat,
         q_BSHD: Tensor,
         k_BSHD: Tensor,
@@ -358,16 +365,17 @@ class Session:
         scale: float | None,
     ) -> None:
         """Run a plan on the first sample of a dense call, so that a fault shows before minutes are spent."""
+        assert isinstance(kept.plan, Plan)  # one to be tried
         q, k, v = (x[:1].detach().requires_grad_(x.requires_grad) for x in (q_BSHD, k_BSHD, v_BSHD))
         try:
-            out, choice = self._compute(plan, q, k, v, None if mask is None else mask[:1], scale)
+            out, choice = self._compute(kept.plan, q, k, v, None if mask is None else mask[:1], scale)
         except Exception as error:  # whatever a kernel raises, the user must learn what was tried
             raise RehearsalError(
                 f"falloff tried the sparse attention of later steps before the first one, with {self.method.name} and "
                 f"kernel={self.kernel!r} in {self._words(seat, q)}, and it failed: {error}. Choose another "
                 "kernel (see falloff doctor) or method, or falloff.disable"
             ) from error
-        self._rehearsed.setdefault(plan, set()).add(q.dtype)
+        kept.tried.add(q.dtype)
         self._look(seat, choice, q, k, v, out)
 
     def _look(
@@ -383,16 +391,9 @@ class Session:
             f"layer {seat.layer}, step {where.step}, branch {where.branch}, {q_BSHD.shape[1]} tokens in {q_BSHD.dtype}"
         )
 
-    def _cached_plan(
-        self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
-    ) -> Plan | Dense:
+    def _kept(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Kept:
         """One plan object for every layer, step and branch of a static method."""
-        key = (sequence, q_BSHD.device)
-        if key not in self._plans:
-            if len(self._plans) >= PLANS_KEPT:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD)
-        return self._plans[key]
+        return self._plans.get(sequence, q_BSHD.device, lambda: self._plan(seat, sequence, q_BSHD, k_BSHD, v_BSHD))
 
     def _plan(self, seat: Seat, sequence: Sequence, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Plan | Dense:
         where = self.position
@@ -414,21 +415,14 @@ class Session:
             _fail(self.method, call, error)
         return plan if isinstance(plan, Dense) else plan.to(q_BSHD.device)
 
-    def _note(self, seat: Seat, note: dict[str, Any], watch: Stopwatch | None) -> None:
-        where = self.position
-        note.update(run=where.run, step=where.step, branch=where.branch, model=seat.model, layer=seat.layer)
-        self._calls.append((note, watch))
-
 
 def _sequence(seat: Seat, grid: Grid, tokens: int) -> Sequence:
     return Sequence(grid, tokens - grid.tokens, seat.text_side or "after")
 
 
-def _covered(hidden: Tensor | None, sequence: Sequence) -> slice | None:
-    """The tokens of a sequence that hidden states [B, S, C] are of: all, or those of the grid."""
-    if hidden is None or hidden.shape[1] == sequence.tokens:
-        return None
-    return slice(sequence.video_start, sequence.video_start + sequence.grid.tokens)
+@lru_cache(maxsize=64)
+def _models_own(name: str) -> kernels.Choice:
+    return kernels.Choice(name, "the plan leaves nothing out: the model's own attention", ())
 
 
 def _fail(method: Method, call: Call, error: Exception) -> NoReturn:

@@ -20,6 +20,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
+from falloff.geometry import Grid
 from falloff.hosts import Host, UnsupportedModelError, op, parallel, processors
 from falloff.hosts.layers import layer_of
 from falloff.hosts.listener import Listener, listen, unlisten
@@ -48,15 +49,13 @@ KEY = _backend_key()
 
 
 class _Here(threading.local):
-    """The layer whose forward runs in this thread (``slot``, ``None`` between layers), and its model's scene.
+    """The layer whose forward runs in this thread (``slot``, ``None`` between layers).
 
     ``hidden``: the layer's input, where a method reads it.
     """
 
-    slot: Tensor | None = None
+    slot: op.Slot | None = None
     hidden: Tensor | None = None
-    layout: Tensor
-    square_mask: bool
 
 
 _here = _Here()
@@ -77,7 +76,8 @@ def _route(
 
     A call of no marked layer comes here when the user has chosen falloff by its name: it stays dense.
     """
-    if _here.slot is None:
+    slot = _here.slot
+    if slot is None:
         out: Tensor = dispatch_attention_fn(
             query,
             key,
@@ -93,13 +93,13 @@ def _route(
         return out
     if dropout_p or is_causal or enable_gqa:
         raise NotImplementedError("falloff serves plain self-attention: no dropout, causal mask or grouped queries")
-    mask = attn_mask[:, :, :1] if _here.square_mask and attn_mask is not None else attn_mask
+    mask = attn_mask[:, :, :1] if attn_mask is not None and slot.scene.square_mask else attn_mask
     if _parallel_config is None:
-        return op.attend(query, key, value, mask, _here.slot, _here.layout, scale, _here.hidden)
+        return op.attend(query, key, value, mask, slot, scale, _here.hidden)
     config = _parallel_config.context_parallel_config
     query, key, value = (parallel.all_tokens(x, config) for x in (query, key, value))
     mask = parallel.whole_mask(mask, config)
-    return parallel.own_tokens(op.attend(query, key, value, mask, _here.slot, _here.layout, scale), config)
+    return parallel.own_tokens(op.attend(query, key, value, mask, slot, scale), config)
 
 
 def _register() -> None:
@@ -110,18 +110,6 @@ def _register() -> None:
 
 
 _register()
-
-
-class Scene:
-    """What traced code knows of an attached model: the layout (see ``op.layout_of``) of the last forward to start.
-
-    It stays after the forward, because gradient checkpointing runs layers again during the backward.
-    ``square_mask``: see ``Host``.
-    """
-
-    def __init__(self, square_mask: bool) -> None:
-        self.square_mask = square_mask
-        self.layout = op.layout_of(None)
 
 
 @dataclass(kw_only=True)
@@ -157,7 +145,7 @@ class Attachment:
         self.host = host
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         """Of the forward's arguments, in their order."""
-        self.scene = Scene(host.square_mask)
+        self.scene = op.Scene(host.square_mask)
         self.stays_dense: str | None = None
         """Why all forwards do, if they do for a while."""
 
@@ -168,8 +156,8 @@ class Attachment:
         for name, value in vars(self).items():
             setattr(twin, name, copy.deepcopy(value, memo))
         for mark in twin.marks:
-            mark.slot = op.Slot(twin.session, mark.slot.seat, mark.slot.dense)
-            mark.attn._falloff_slot = op.register_slot(mark.slot)
+            mark.slot = op.Slot(twin.session, mark.slot.seat, mark.slot.dense, twin.scene)
+            mark.attn._falloff_slot = mark.slot
         return twin
 
     def arrive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -187,7 +175,7 @@ class Attachment:
         grid = self.host.grid(given, self.model.config)
         reason = grid if isinstance(grid, str) else self.stays_dense
         count, share = parallel.shares(_parallelism(self.model, self.host, self.marks[0].processor))
-        self.scene.layout = op.layout_of(None if isinstance(grid, str) else grid, count)
+        self.scene.set(None if isinstance(grid, str) else Grid(*grid), count)
         if count > 1 and self.session.trained.read_hidden(self.number):
             raise UnsupportedModelError(
                 f"{self.session.method.name} as it is set reads the layers' hidden states, of which a process has its "
@@ -310,9 +298,10 @@ def _mark(path: str, attn: Any, seat: Seat, attachment: Attachment, *, shared: b
     before = attn.processor
     processor = _ours(before, shared=shared)
     key = processor._attention_backend
-    slot = op.Slot(attachment.session, seat, _dense_backend(key, per_sample=hasattr(processor, "drops_padding")))
+    dense = _dense_backend(key, per_sample=hasattr(processor, "drops_padding"))
+    slot = op.Slot(attachment.session, seat, dense, attachment.scene)
     had_key = "_attention_backend" in vars(before)
-    attn._falloff_slot, attn._falloff_scene = op.register_slot(slot), attachment.scene
+    attn._falloff_slot = slot
     if processor is not before:
         _set_processor(attn, processor)
     processor._attention_backend = KEY
@@ -350,18 +339,20 @@ def _unmark(mark: Mark) -> None:
         del mark.processor._attention_backend
     for handle in mark.handles:
         handle.remove()
-    del mark.attn._falloff_slot, mark.attn._falloff_scene
+    del mark.attn._falloff_slot
 
 
 def _dense_backend(key: Any | None, *, per_sample: bool) -> DenseBackend:
     """The backend that a processor named, or the global one of the moment when it named none; never falloff itself."""
 
     def backend() -> Any:
-        chosen = key if key is not None else _AttentionBackendRegistry.get_active_backend()[0]
+        chosen = key if key is not None else _AttentionBackendRegistry._active_backend
         return AttentionBackendName.NATIVE if chosen is KEY else chosen
 
     def name() -> str:
-        return str(AttentionBackendName(backend()).value)
+        return str.__str__(
+            backend()
+        )  # a member of the enum is a string itself; to ask the enum takes ten times as long
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         if per_sample:
@@ -392,8 +383,6 @@ def _root_left(model: Any, args: tuple[Any, ...], output: Any) -> None:
 
 def _layer_starts(attn: Any, args: tuple[Any, ...]) -> None:
     _here.slot = attn._falloff_slot
-    _here.layout = attn._falloff_scene.layout
-    _here.square_mask = attn._falloff_scene.square_mask
 
 
 def _layer_shows(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

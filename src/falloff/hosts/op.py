@@ -1,4 +1,4 @@
-"""The opaque operators a compiled model calls us through.
+"""How a call reaches its session: directly in eager mode, through opaque operators from a compiled model.
 
 A compiler sees neither steps nor plans: what changes from layer to layer and step to step is looked up inside the
 operators, by a number in a 0-d int64 CPU tensor. Numbers as Python ints would compile every layer anew, and the
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,29 +23,45 @@ _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE is not None else {}
 """A replayed CUDA graph would repeat the decisions of the captured step. Older PyTorch has no word for it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """What one attention layer leads to."""
+class Scene:
+    """Where the calls of an attached model stand: the grid of the last forward to start, for all of its layers.
 
-    session: Session
-    seat: Seat
-    dense: DenseBackend
+    It stays after the forward, because gradient checkpointing runs layers again during the backward.
+    ``count``: processes that share the tokens. ``square_mask``: see ``Host``. ``layout``: grid, zeros when unknown, and
+    count as int64 [4], for traced code.
+    """
+
+    def __init__(self, square_mask: bool) -> None:
+        self.square_mask = square_mask
+        self.grid: Grid | None = None
+        self.count = 1
+        self.layout = _layout(None, 1)
+
+    def set(self, grid: Grid | None, count: int) -> None:
+        """A forward starts. A new tensor takes longer than a call, so that it is made for a new grid alone."""
+        if (grid, count) != (self.grid, self.count):
+            self.grid, self.count, self.layout = grid, count, _layout(grid, count)
+
+
+class Slot:
+    """What one attention layer leads to. ``number``: its own for as long as somebody keeps it, 0-d int64.
+
+    Not a dataclass, because compilers look into the fields of those.
+    """
+
+    def __init__(self, session: Session, seat: Seat, dense: DenseBackend, scene: Scene) -> None:
+        self.session, self.seat, self.dense, self.scene = session, seat, dense, scene
+        number = next(_numbers)
+        _slots[number] = self
+        self.number = torch.tensor(number, device="cpu")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        """A layer that is copied by itself goes on leading here; that of a copied model gets a slot of its own."""
+        return self
 
 
 _numbers = itertools.count()
 _slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
-
-
-def register_slot(slot: Slot) -> Tensor:
-    """A number for a slot, for as long as somebody keeps the slot: 0-d int64."""
-    number = next(_numbers)
-    _slots[number] = slot
-    return torch.tensor(number, device="cpu")
-
-
-def layout_of(grid: tuple[int, int, int] | None, count: int = 1) -> Tensor:
-    """What traced code hands on: the grid, zeros when unknown, and how many processes share it, int64 [4]."""
-    return torch.tensor((*(grid or (0, 0, 0)), count), device="cpu")
 
 
 def attend(
@@ -54,19 +69,19 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    slot: Tensor,
-    layout: Tensor,
+    slot: Slot,
     scale: float | None,
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """Self-attention through the slot's session, [B, S, H, D]; ``layout`` from ``layout_of``.
+    """Self-attention through the slot's session, [B, S, H, D].
 
     ``mask``: as for PyTorch's attention, or ``None``. ``hidden``: the layer's input, for a method that reads it.
     """
+    scene = slot.scene
     if torch.compiler.is_compiling():
-        out, _ = torch.ops.falloff.attention(query, key, value, mask, slot, layout, scale, hidden)
+        out, _ = torch.ops.falloff.attention(query, key, value, mask, slot.number, scene.layout, scale, hidden)
         return out  # type: ignore[no-any-return]  # torch.ops has no types
-    return _attend(query, key, value, mask, slot, layout, scale, hidden)[0]
+    return _called(query, key, value, mask, slot, scene.grid, scene.count, scale, hidden)[0]
 
 
 def _attend(
@@ -79,25 +94,44 @@ def _attend(
     scale: float | None,
     hidden: Tensor | None,
 ) -> tuple[Tensor, bool]:
-    here = _slots[int(slot)]
-    grid, shards = _read(layout, here.seat, query)
+    return _called(query, key, value, mask, _slots[int(slot)], *_read(layout), scale, hidden)
+
+
+def _called(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slot: Slot,
+    grid: Grid | None,
+    count: int,
+    scale: float | None,
+    hidden: Tensor | None,
+) -> tuple[Tensor, bool]:
+    shards = None if count == 1 else _shards(slot.seat, grid, count, query)
     if shards is not None:
         query, key, value, mask = (*map(shards.joined, (query, key, value)), shards.joined_mask(mask))
-    out, planned = here.session.attend(
-        here.seat, query, key, value, grid=grid, dense=here.dense, mask=mask, scale=scale, hidden=hidden
+    out, planned = slot.session.attend(
+        slot.seat, query, key, value, grid=grid, dense=slot.dense, mask=mask, scale=scale, hidden=hidden
     )
     return (out if shards is None else shards.split(out)), planned
 
 
-def _read(layout: Tensor, seat: Seat, query: Tensor) -> tuple[Grid | None, Shards | None]:
-    """The grid of a call, if known, and how its tokens lie if not in the model's order."""
+def _layout(grid: Grid | None, count: int) -> Tensor:
+    sizes = (0, 0, 0) if grid is None else (grid.frames, grid.height, grid.width)
+    return torch.tensor((*sizes, count), device="cpu")
+
+
+def _read(layout: Tensor) -> tuple[Grid | None, int]:
     frames, height, width, count = layout.tolist()
-    if not frames:
-        return None, None
-    grid = Grid(frames, height, width)
-    if count == 1 or seat.text_side is None:
-        return grid, None
-    return grid, shards_of(count, query.shape[1], grid.tokens, seat.text_side)
+    return (Grid(frames, height, width) if frames else None), count
+
+
+def _shards(seat: Seat, grid: Grid | None, count: int, query: Tensor) -> Shards | None:
+    """How the tokens of a call lie if not in the model's order."""
+    if count == 1 or grid is None or seat.text_side is None:
+        return None
+    return shards_of(count, query.shape[1], grid.tokens, seat.text_side)
 
 
 @torch.library.custom_op("falloff::attention", mutates_args=(), **_TAGS)
@@ -138,7 +172,8 @@ def _attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value: the call is run again, with autograd, as it was run before."""
     here = _slots[int(slot)]
-    grid, shards = _read(layout, here.seat, query) if bool(planned) else (None, None)
+    grid, count = _read(layout) if bool(planned) else (None, 1)
+    shards = _shards(here.seat, grid, count, query)
     # PyTorch keeps autograd out of an operator's body; this lets it in again.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]

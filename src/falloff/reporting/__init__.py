@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from falloff.reporting.journal import Journal
 from falloff.reporting.record import Record, Stopwatch
 from falloff.reporting.report import Report
 
-__all__ = ["Record", "Report", "Stopwatch"]
+__all__ = ["Journal", "Record", "Report", "Stopwatch"]
