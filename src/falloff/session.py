@@ -297,6 +297,7 @@ class Session:
             key_valid_BN=valid_keys(mask, len(q)),
             hidden_BSC=hidden,
             hidden_tokens=_covered(hidden, sequence),
+            sequence=sequence,
             first_head=self._share * q.shape[1],
         )
         with torch.autocast(q.device.type, enabled=False):  # its sums are too long for half precision

@@ -91,6 +91,25 @@ def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: 
     assert done.code == 0, done.err
 
 
+def test_a_first_stage_is_a_start_for_the_second(falloff, checkpoint: Path, clips: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = ("train", "sparse", clips, "--model", checkpoint, *COMMON, "--cache", tmp_path / "cache")
+    settings = ("--set", "density=0.5", "--set", "q_block=4", "--set", "kv_block=4")
+    done = falloff(*common, *settings, "--aim", "output", "--output", first)
+    assert done.code == 1
+    assert "backbone = 'lora' would change the model meanwhile; set backbone = 'none'" in done.err
+    done = falloff(*common, *settings, "--aim", "output", "--backbone", "none", "--output", first)
+    assert done.code == 0, done.err
+    recipe = first / "recipe.yaml"
+    assert f"falloff train sparse {clips} --method {recipe} --start {first}" in " ".join(done.out.split())
+    done = falloff(*common, "--method", recipe, "--start", first, "--output", second)
+    assert done.code == 0, done.err
+    assert f"--lora {second} --method {second / 'recipe.yaml'} --frames 5" in " ".join(done.out.split())
+    done = falloff(*common, "--method", "sla2", "--start", first, "--output", tmp_path / "third")
+    assert done.code == 1
+    assert f"cannot start from {first / 'branches.safetensors'}" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

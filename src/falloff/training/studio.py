@@ -92,12 +92,21 @@ class Studio:
     fps: float
     progress: Progress
 
-    def point(self, number: int, generator: torch.Generator) -> Point:
-        """What sample ``number`` of the training is."""
+    def point(self, number: int, generator: torch.Generator, *, planned: bool = False) -> Point:
+        """What sample ``number`` of the training is; ``planned``: at a step that the schedule does not keep dense."""
         captioned = bool(torch.rand((), generator=generator) >= self.lesson.uncaptioned)
         index = self.lessons[loop.drawn(number, len(self.lessons), self.seed)]
         sample = self.cache.sample(index, self.accelerator.device, captioned=captioned)
-        return point_at(sample, self.flow.draw(generator), generator)
+        level = self.flow.draw(generator)
+        while planned and self._stays_dense(level):
+            level = self.flow.draw(generator)
+        return point_at(sample, level, generator)
+
+    def _stays_dense(self, level: float) -> bool:
+        at = self.flow.position(level)
+        assert at.step is not None
+        assert at.steps is not None
+        return self.manner.schedule.step_reason(at.step, at.steps) is not None
 
     def velocity(self, model: Any, point: Point) -> Tensor:
         """What the pipeline's transformer, or a copy of it, takes for noise - x_0."""
