@@ -91,12 +91,12 @@ def sparse(
             call=bench.call,
             cache=cache,
             fps=bench.fps,
-            progress=bench.progress.show,
+            progress=bench.progress,
         )
     typer.echo(f"{'wrote':<18}{output}: what was trained, its recipe.yaml, log.jsonl and samples")
-    recipe = output / "recipe.yaml"
+    recipe, same = output / "recipe.yaml", train.options_of(bench, model)
     if aim == "output":
-        typer.echo(f"{'second stage':<18}falloff train sparse {videos} --method {recipe} --start {output}")
+        typer.echo(f"{'second stage':<18}falloff train sparse {videos} --method {recipe} --start {output} {same}")
     elif backbone != "full":
         lora = f" --lora {output}" if backbone == "lora" else ""
-        typer.echo(f"{'try it':<18}falloff generate PROMPT{lora} --method {recipe} --frames {bench.size['frames']}")
+        typer.echo(f"{'try it':<18}falloff generate PROMPT{lora} --method {recipe} {same}")

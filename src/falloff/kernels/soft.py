@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from falloff.kernels.groups import WORKING_BYTES, head_groups, of_group
+from falloff.kernels.groups import head_groups, of_group
 from falloff.kernels.needs import differentiable
 from falloff.plan import Plan
 
+WORKING_BYTES = 256 << 20
+"""Held at once beside queries, keys, values and results."""
 LEAST = 1e-20
 """A smaller share counts as this one and gets no gradient."""
 
@@ -59,7 +61,8 @@ def _rows(
     q: Tensor, k: Tensor, v: Tensor, logs_1QK: Tensor, q_block: Tensor, kv_block: Tensor, hidden: Tensor | None
 ) -> Tensor:
     """Of some queries of one head [1, n, D]."""
-    logits = q @ k.mT + logs_1QK[:, q_block[0]][:, :, kv_block[0]].to(q.dtype)
+    # index_select, because the gradient of indexing sorts on a GPU
+    logits = q @ k.mT + logs_1QK.index_select(1, q_block[0]).index_select(2, kv_block[0]).to(q.dtype)
     if hidden is not None:
         logits = logits.masked_fill(hidden, -torch.inf)
     return logits.softmax(-1) @ v

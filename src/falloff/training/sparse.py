@@ -163,7 +163,7 @@ def _check(pipe: Any, manner: Manner, sparse: Sparse, call: Mapping[str, Any]) -
     method, schedule = manner.method, manner.schedule
     family_of(pipe)
     if sparse.backbone == "none" and not method.learns:
-        raise TrainingError(f"{method.name} learns nothing, so that nothing is left to train without the backbone")
+        raise TrainingError(f"{method.name} learns nothing as it is set; without a backbone nothing is left to train")
     if sparse.ramp and not {"density", "sparsity"} & method.settings().keys():
         raise TrainingError(f"{method.name} has no density or sparsity that a ramp could change; leave the ramp out")
     if sparse.backbone == "full" and pipe.transformer.dtype != torch.float32:
@@ -219,7 +219,7 @@ def _begun(pipe: Any, manner: Manner, start: Path | None, output: Path) -> Path 
     if start is None:
         return None
     if not manner.method.learns:
-        raise TrainingError(f"{manner.method.name} learns nothing that could start as in {start}; leave the start out")
+        raise TrainingError(f"{manner.method.name} learns nothing as it is set that could start from {start}")
     if start.is_dir() and start.resolve() == output.resolve():
         raise TrainingError(f"{output} cannot be both start and output; give another folder for the output")
     file = start / BRANCHES if start.is_dir() else start
@@ -239,7 +239,7 @@ def _load(pipe: Any, file: Path) -> None:
     try:
         api.load_branches(pipe, file)
     except (BranchError, OSError) as error:
-        raise TrainingError(f"cannot start from {file}: {error}") from error
+        raise TrainingError(f"cannot start as asked: {error}") from error
 
 
 def _content(file: Path) -> str:

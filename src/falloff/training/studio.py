@@ -52,7 +52,10 @@ class Lesson:
         if not 0 <= self.uncaptioned <= 1:
             raise ValueError(f"uncaptioned = {self.uncaptioned} is outside 0.0 to 1.0")
         if not 0 <= self.samples <= self.validation:
-            raise ValueError(f"samples = {self.samples} must be 0 to the {self.validation} clips kept for validation")
+            raise ValueError(
+                f"samples = {self.samples} must be 0 to the {self.validation} clips kept for validation; make fewer "
+                "samples, or keep more clips"
+            )
         self.check_choice("precision", ("no", "bf16"))
 
     def check_choice(self, name: str, legal: tuple[str, ...]) -> None:
@@ -118,7 +121,10 @@ class Studio:
         points = validation_points([self.cache.sample(index, device) for index in self.exams], self.seed)
         if not points:
             return {}
-        losses = [loss(point) for point in points[self.accelerator.process_index :: one]]
+        mine, losses = points[self.accelerator.process_index :: one], []
+        for done, point in enumerate(mine, 1):
+            losses.append(loss(point))
+            self.progress("validating", done, len(mine))
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
         return {"validation": float(self.accelerator.reduce(total, "sum")) / len(points)}
 
