@@ -141,7 +141,7 @@ def train_sparse(
             course,
             output,
             studio.accelerator,
-            identity={**studio.identity(), "start": begun and _content(begun)},
+            identity={**studio.identity(), "start": begun and _content(api.branches(pipe))},
             check=check,
             on_step=lambda now: progress(f"training, loss {now.loss:.4f}", now.step, course.steps),
             half=sparse.precision == "bf16",
@@ -242,8 +242,13 @@ def _load(pipe: Any, file: Path) -> None:
         raise TrainingError(f"cannot start as asked: {error}") from error
 
 
-def _content(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+def _content(modules: nn.Module) -> str:
+    """Changes with any of the numbers in modules; their file is not the same when it is written again."""
+    content = hashlib.sha256()
+    for name, tensor in modules.state_dict().items():
+        content.update(name.encode())
+        content.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()[:32]
 
 
 def _learned(pipe: Any, begun: Path | None, *, everything: bool) -> dict[str, nn.Parameter]:
