@@ -29,7 +29,9 @@ def test_a_look_is_the_error_of_answering_by_means() -> None:
     q, k, _ = qkv(batch=2)
     sizes = torch.tensor([[[30, 0, 1, 63], [10, 20, 30, 34]]]).expand(2, 2, 4)
     looked = q[:, :, :12]
-    worth = spared(looked, k, sizes, per_cluster=4)
+    shuffled = torch.stack([torch.stack([torch.randperm(k.shape[2]) for _ in row]) for row in k])
+    keys, order = k.gather(2, shuffled[..., None].expand_as(k)), shuffled.argsort(-1)
+    worth = spared(looked, keys, order, sizes, per_cluster=4)
     assert worth.shape == (2, 2, 3, 4)
     for entry in range(2):
         for head in range(2):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falloff import Grid, Plan, Sequence
+from falloff.kernels.groups import WORKING_BYTES
+from falloff.methods import layout
 from falloff.methods.layout import Prediction, UniformBlocks, finite, predicted
 
 
@@ -27,7 +30,7 @@ def test_a_predictor_sees_video_alone_and_decides_on_all_of_it(
     x = torch.arange(sequence.tokens, dtype=torch.float32).view(1, 1, -1, 1)
     asked = []
 
-    def first_block(q: torch.Tensor, k: torch.Tensor) -> Prediction:
+    def first_block(q: torch.Tensor, k: torch.Tensor, _: slice) -> Prediction:
         asked.append((q.flatten().long(), k.flatten().long()))
         q_blocks, kv_blocks = -(-q.shape[2] // q_block), -(-k.shape[2] // kv_block)
         on = (torch.arange(kv_blocks) == 0).expand(1, 1, q_blocks, -1)
@@ -69,3 +72,32 @@ def test_finite_sees_every_number() -> None:
     for value in (torch.nan, torch.inf, -torch.inf):
         assert not finite(x, torch.tensor([0.0, value]))
     assert not finite(torch.tensor([torch.inf, -torch.inf]))
+
+
+def test_heads_are_looked_at_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = Sequence(Grid(1, 1, 12))
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 5, 12, 4, generator=generator)
+    asked = []
+
+    def above(q: torch.Tensor, k: torch.Tensor, some: slice) -> Prediction:
+        asked.append((len(q), some.stop - some.start))
+        assert torch.equal(k[0], all_keys[len(asked) - 1])
+        order = k[..., 0].argsort(dim=-1)
+        scores = (q @ k.mT)[:, :, ::4, ::4]
+        return Prediction(scores >= scores.amax(-1, keepdim=True), kv_order=order)
+
+    all_keys = [k[0], k[1]]
+    together = predicted(sequence, 4, 4, q, k, above)
+    assert asked == [(1, 5), (1, 5)]
+    asked.clear()
+    monkeypatch.setattr(layout, "COPIES", WORKING_BYTES // (4 * 4 * 24 * 2))  # two heads fit
+    all_keys = [x[h] for x in k for h in (slice(0, 2), slice(2, 4), slice(4, 5))]
+    apart = predicted(sequence, 4, 4, q, k, above)
+    assert asked == [(1, 2), (1, 2), (1, 1)] * 2
+    assert isinstance(together, Plan)
+    assert isinstance(apart, Plan)
+    assert torch.equal(together.mask(), apart.mask())
+    assert together.kv_order is not None
+    assert apart.kv_order is not None
+    assert torch.equal(together.kv_order, apart.kv_order)

@@ -26,8 +26,8 @@ from falloff.methods.pooling import block_means
 from falloff.methods.select import near
 from falloff.plan import Plan
 
-SCORES = 1 << 26
-"""Scores held at once: 256 MiB in float32."""
+SCORES = 1 << 22
+"""Scores held at once: 16 MiB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,9 @@ class Anchor(Method):
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         group = self.block * self.step
         ahead = UniformBlocks(call.sequence, group).tokens.start - call.sequence.video_start
-        return predicted(call.sequence, group, 1, q_BHND, k_BHND, lambda q, k: Prediction(self._key_map(q, k, ahead)))
+        return predicted(
+            call.sequence, group, 1, q_BHND, k_BHND, lambda q, k, _: Prediction(self._key_map(q, k, ahead))
+        )
 
     def _key_map(self, q_BHND: Tensor, k_BHND: Tensor, ahead: int) -> Tensor:
         """Which keys every group sees, bool [B, H, G, Nk]; the first query stands at key ``ahead``."""

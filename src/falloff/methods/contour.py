@@ -100,7 +100,7 @@ class Contour(Method):
             return NOT_FINITE
         q_order, k_order = q.order(), k.order()
         looked = torch.take_along_dim(q_video, spread(q_order, q.sizes, self.queries)[..., None], 2)
-        worth = spared(looked, torch.take_along_dim(k_video, k_order[..., None], 2), k.sizes, self.queries)
+        worth = spared(looked, k_video, k_order, k.sizes, self.queries)
         on = best_pairs(worth, q.sizes, k.sizes, self.density)
         plan = plan_with_text(call.sequence, Side(q_order, q.sizes), Side(k_order, k.sizes), on, summary=True)
         state.values = {"shape": shape, "step": call.step, "plan": plan}
@@ -125,10 +125,11 @@ def spread(order_BHN: Tensor, sizes_BHC: Tensor, count: int) -> Tensor:
     return order_BHN.gather(2, place.flatten(2))
 
 
-def spared(looked_BHRD: Tensor, keys_BHND: Tensor, sizes_BHC: Tensor, per_cluster: int) -> Tensor:
+def spared(looked_BHRD: Tensor, keys_BHND: Tensor, order_BHN: Tensor, sizes_BHC: Tensor, per_cluster: int) -> Tensor:
     """E_IJ / m_J of the module's docstring [B, H, Cq, Ck], in float32 at least; 0 for clusters without keys.
 
-    ``looked_BHRD``: ``per_cluster`` queries of each of Cq clusters. ``keys_BHND``: cluster by cluster, ``sizes_BHC``.
+    ``looked_BHRD``: ``per_cluster`` queries of each of Cq clusters. ``order_BHN``: the keys cluster by cluster, as
+    many as ``sizes_BHC``.
     """
     batch, heads, rows, head_dim = looked_BHRD.shape
     exact = torch.promote_types(keys_BHND.dtype, torch.float32)
@@ -137,7 +138,7 @@ def spared(looked_BHRD: Tensor, keys_BHND: Tensor, sizes_BHC: Tensor, per_cluste
     row_bytes = WEIGHT_BYTES * keys_BHND.shape[2] * per_cluster
     together = max(1, min(clusters, LOOK_BYTES // row_bytes))
     for group in groups_within(batch, heads, together * row_bytes, LOOK_BYTES):
-        keys, lengths = keys_BHND[group], sizes_BHC[group]
+        keys, lengths = torch.take_along_dim(keys_BHND[group], order_BHN[group][..., None], 1), sizes_BHC[group]
         means = _by_cluster(keys.to(exact), lengths)
         for first in range(0, clusters, together):
             some = slice(first * per_cluster, (first + together) * per_cluster)

@@ -53,7 +53,7 @@ class Hyper(Method):
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         return predicted(call.sequence, self.block, self.block, q_BHND, k_BHND, self._predict)
 
-    def _predict(self, q_BHND: Tensor, k_BHND: Tensor) -> Prediction:
+    def _predict(self, q_BHND: Tensor, k_BHND: Tensor, _: slice) -> Prediction:
         directions_DP = torch.randn(
             q_BHND.shape[3], self.projections, generator=torch.Generator().manual_seed(self.seed)
         ).to(q_BHND)

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from falloff.kernels.groups import head_groups
+from falloff.kernels.groups import groups_within, head_groups
 from falloff.kernels.product import product
 
 CHUNK_BYTES = 32 << 20
 """Scores, memberships and copies of tokens held at once."""
+SORT_BYTES = 40
+"""Of one token while it is sorted: its cluster and its place, twice, and what the sort needs on the way."""
 SUM_BYTES = 16 << 20
 """Sums of tokens by cluster held at once, the old and the new."""
 
@@ -39,7 +41,10 @@ class Clusters(NamedTuple):
 
     def order(self) -> Tensor:
         """Tokens cluster by cluster, in the given order inside each: int64 [B, H, N]."""
-        return self.labels.sort(dim=-1, stable=True).indices
+        order = torch.empty(self.labels.shape, dtype=torch.int64, device=self.labels.device)
+        for group in groups_within(*self.labels.shape[:2], SORT_BYTES * self.labels.shape[2]):
+            order[group] = self.labels[group].sort(dim=-1, stable=True).indices
+        return order
 
 
 class Chunks(NamedTuple):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from falloff.geometry import Grid, Sequence, tile_order
+from falloff.kernels.groups import groups_within
 from falloff.methods.base import Dense
 from falloff.methods.pooling import cut, tile_sizes
 from falloff.plan import BlockMap, Plan
@@ -35,8 +36,11 @@ class Prediction(NamedTuple):
     dropped: Tensor | None = None
 
 
-Rule = Callable[[Tensor, Tensor], Prediction]
-"""From the video's queries and keys, [B, H, N, D] each."""
+Rule = Callable[[Tensor, Tensor, slice], Prediction]
+"""From the video's queries and keys of a few heads, [1, h, N, D] each, and which of the call's heads these are."""
+
+COPIES = 4
+"""Of a head's queries and keys that a rule makes on its way, in float32, at most about."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,39 @@ class UniformBlocks:
 def predicted(
     sequence: Sequence, q_block: int, kv_block: int, q_BHND: Tensor, k_BHND: Tensor, rule: Rule
 ) -> Plan | Dense:
-    """The plan whose map ``rule`` predicts from the queries and keys of blocks with video alone; the rest is on."""
+    """The plan whose map ``rule`` predicts from the queries and keys of blocks with video alone; the rest is on.
+
+    Heads are looked at a few at a time, so that a long video's queries and keys are not copied as a whole.
+    """
     q_blocks, kv_blocks = UniformBlocks(sequence, q_block), UniformBlocks(sequence, kv_block)
     q, k = q_BHND[:, :, q_blocks.tokens].detach(), k_BHND[:, :, kv_blocks.tokens].detach()
     if not finite(q, k):
         return NOT_FINITE
     if min(q.shape[2], k.shape[2]):
-        made = rule(q, k)
+        made = _of_all_heads(q, k, rule)
     else:  # text touches every block
         shape = (1, 1, -(-q.shape[2] // q_block), -(-k.shape[2] // kv_block))
         made = Prediction(torch.ones(shape, dtype=torch.bool, device=q.device))
     q_order, kv_order = q_blocks.order(made.q_order), kv_blocks.order(made.kv_order)
     return uniform_plan(q_blocks, kv_blocks, made.on, kv_order, q_order, made.dropped)
+
+
+def _of_all_heads(q_BHND: Tensor, k_BHND: Tensor, rule: Rule) -> Prediction:
+    batch, heads, tokens, channels = q_BHND.shape
+    head_bytes = COPIES * 4 * channels * (tokens + k_BHND.shape[2])
+    made: list[list[Prediction]] = [[] for _ in range(batch)]
+    for entry, some in groups_within(batch, heads, head_bytes):
+        made[entry].append(rule(q_BHND[entry, some][None], k_BHND[entry, some][None], some))
+    return _joined([_joined(row, 1) for row in made], 0)
+
+
+def _joined(parts: list[Prediction], dim: int) -> Prediction:
+    """Predictions of some batch entries or heads as one of all."""
+    if len(parts) == 1:
+        return parts[0]
+    return Prediction(
+        *(None if field[0] is None else torch.cat(field, dim) for field in zip(*parts, strict=True))  # type: ignore[arg-type]  # all or none
+    )
 
 
 def uniform_plan(

@@ -27,8 +27,8 @@ from falloff.methods.pooling import block_means
 from falloff.methods.select import mass_ge
 from falloff.plan import Plan
 
-SCORES = 1 << 26
-"""Scores of proxies held at once: 256 MiB in float32."""
+SCORES = 1 << 22
+"""Scores of proxies held at once: 16 MiB in float32, and as much again for their softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class PBS(Method):
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         segment = self.segment_tokens(call.sequence.grid)
         return predicted(
-            call.sequence, self.block, self.block, q_BHND, k_BHND, lambda q, k: self._predict(q, k, segment)
+            call.sequence, self.block, self.block, q_BHND, k_BHND, lambda q, k, _: self._predict(q, k, segment)
         )
 
     def segment_tokens(self, grid: Grid) -> int:

@@ -7,6 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from falloff.geometry import Grid
+from falloff.kernels.groups import groups_within
+
+PADDED_BYTES = 8
+"""Of one number of a head that is padded to whole tiles, about."""
 
 
 def block_means(x_BHND: Tensor, block: int) -> Tensor:
@@ -31,11 +35,13 @@ def tile_means(x_BHND: Tensor, grid: Grid, tile: tuple[int, int, int]) -> Tensor
     padding = [-length % size for length, size in zip(shape, tile, strict=True)]
     batch, heads, _, channels = x_BHND.shape
     x = x_BHND.reshape(batch, heads, *shape, channels)
-    if any(padding):
-        x = F.pad(x, (0, 0, 0, padding[2], 0, padding[1], 0, padding[0]))
     t, y, z = ((length + more) // size for length, more, size in zip(shape, padding, tile, strict=True))
-    x = x.reshape(batch, heads, t, tile[0], y, tile[1], z, tile[2], channels)
-    sums = x.sum((3, 5, 7), dtype=torch.promote_types(x.dtype, torch.float32)).flatten(2, 4)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    sums = torch.empty(batch, heads, t * y * z, channels, dtype=exact, device=x.device)
+    for group in groups_within(batch, heads, PADDED_BYTES * x[0, 0].numel()):
+        whole = F.pad(x[group], (0, 0, 0, padding[2], 0, padding[1], 0, padding[0])) if any(padding) else x[group]
+        tiles = whole.reshape(-1, t, tile[0], y, tile[1], z, tile[2], channels)
+        sums[group] = tiles.sum((2, 4, 6), dtype=exact).flatten(1, 3)
     means: Tensor = sums / tile_sizes(grid, tile).to(x.device)[:, None]
     return means
 

@@ -96,7 +96,7 @@ class SLA(Method):
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         return predicted(call.sequence, self.q_block, self.kv_block, q_BHND, k_BHND, self._predict)
 
-    def _predict(self, q_BHND: Tensor, k_BHND: Tensor) -> Prediction:
+    def _predict(self, q_BHND: Tensor, k_BHND: Tensor, _: slice) -> Prediction:
         k_means = block_means(k_BHND, self.kv_block)
         k_means = k_means - k_BHND.mean(2, keepdim=True, dtype=k_means.dtype)
         scores = block_means(q_BHND, self.q_block) @ k_means.mT

@@ -90,7 +90,7 @@ class SLA2(Method):
         route = similarity if state.trained is None else state.trained.route
 
         @torch.no_grad()
-        def predict(q: Tensor, k: Tensor) -> Prediction:
+        def predict(q: Tensor, k: Tensor, _: slice) -> Prediction:
             k_means = block_means(k, self.kv_block)
             k_means = k_means - k.mean(2, keepdim=True, dtype=k_means.dtype)
             scores = route(block_means(q, self.q_block), k_means)

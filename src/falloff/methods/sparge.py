@@ -86,7 +86,7 @@ class SpargeAttn(Method):
 
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         plan = predicted(
-            call.sequence, self.q_block, self.kv_block, q_BHND, k_BHND, lambda q, k: Prediction(self.block_map(q, k))
+            call.sequence, self.q_block, self.kv_block, q_BHND, k_BHND, lambda q, k, _: Prediction(self.block_map(q, k))
         )
         if isinstance(plan, Dense) or self.skip is None:
             return plan

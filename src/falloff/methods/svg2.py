@@ -35,6 +35,8 @@ AUTO = {"q_clusters": (64, 300), "k_clusters": (16, 1000)}
 """Tokens a cluster, the paper's least for queries, and clusters at most, as in the published scripts for 720p."""
 ROUTED_TOGETHER = 16
 """Query clusters of a head that are worth a call of their own."""
+SORTED_BYTES = 12
+"""Of a channel of a key, in the order of the clusters: itself, in float32, and what goes into a product."""
 SELECTION_BYTES = 32
 """Of one pair of clusters while the heaviest are found: its mass, sorted, ranked and summed."""
 
@@ -138,7 +140,8 @@ class SVG2(Method):
             on[group] = cover(share, self.mass, least=least)
         if not self.summary:
             return on
-        head_bytes = KEY_BYTES * keys_BHND.shape[2] * min(q_clusters, ROUTED_TOGETHER)
+        length, head_dim = keys_BHND.shape[2:]
+        head_bytes = length * (KEY_BYTES * min(q_clusters, ROUTED_TOGETHER) + SORTED_BYTES * head_dim)
         for group in groups_within(batch, heads, head_bytes):
             sizes = k.sizes[group][:, None].expand(on[group].shape)
             keys = torch.take_along_dim(keys_BHND[group], k_order[group][..., None], 1)

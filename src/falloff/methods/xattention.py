@@ -24,8 +24,8 @@ from falloff.methods.layout import Prediction, check_count, check_share, predict
 from falloff.methods.select import mass_ge
 from falloff.plan import Plan
 
-SCORES = 1 << 26
-"""Scores of groups held at once: 256 MiB in float32."""
+SCORES = 1 << 22
+"""Scores of groups held at once: 16 MiB in float32, and as much again for their softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,9 @@ class XAttention(Method):
             self.block,
             q_BHND,
             k_BHND,
-            lambda q, k: Prediction(mass_ge(antidiagonal_mass(q, k, self.stride, self.block), share)),
+            lambda q, k, some: Prediction(
+                mass_ge(antidiagonal_mass(q, k, self.stride, self.block), share[some] if len(share) > 1 else share)
+            ),
         )
 
     def _shares(self) -> tuple[float, ...]:

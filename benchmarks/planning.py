@@ -1,0 +1,82 @@
+"""Memory that planning takes beyond its inputs: two calls of every method that looks at queries and keys.
+
+    python benchmarks/planning.py --shape wan14b-720p --method svg2 --output benchmarks/results/planning-720p-cpu.json
+    python benchmarks/planning.py --shape 40,128,21x15x20 --output benchmarks/results/planning-small-cpu.json
+
+Queries and keys are random, in float32: memory depends on shapes alone. The second call finds the state that the first
+has left. A peak is of the process's resident memory, so it counts the plan itself and what the C library keeps; where
+a method looks at its inputs as they are, none of it depends on their precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import falloff
+from falloff.evaluation.bench import record
+from falloff.evaluation.bench.shapes import Shape, shape_of
+from falloff.evaluation.machine import PeakMemory
+from falloff.geometry import Sequence
+from falloff.methods.base import Call, Dense, Method, State
+
+METHODS: dict[str, Method] = {
+    "svg1": falloff.SVG1(),
+    "svg2": falloff.SVG2(),
+    "svg2 summary": falloff.SVG2(summary=True),
+    "adaspa": falloff.AdaSpa(),
+    "xattention": falloff.XAttention(),
+    "sparge": falloff.SpargeAttn(),
+    "vsa": falloff.VSA(),
+    "pbs": falloff.PBS(),
+    "anchor": falloff.Anchor(),
+    "hyper": falloff.Hyper(),
+    "contour": falloff.Contour(),
+}
+LAYERS, STEPS = 40, 50
+
+
+def rows(shape: Shape, sequence: Sequence, names: list[str]) -> Iterator[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, shape.heads, shape.tokens, shape.head_dim, generator=generator)
+    for name in names:
+        state = State()
+        for number in range(2):
+            call = Call(sequence=sequence, layer=1, layers=LAYERS, step=STEPS // 2 + number, steps=STEPS)
+            memory = PeakMemory(q.device)
+            plan = METHODS[name].plan(call, q, k, v, state)
+            beyond = memory.beyond()
+            yield {
+                "method": name,
+                "settings": METHODS[name].settings(),
+                "call": number + 1,
+                "density": 1.0 if isinstance(plan, Dense) else plan.density,
+                "extra_bytes": beyond,
+            }
+            print(f"{name}, call {number + 1}: {(beyond or 0) / 1e6:.0f} MB", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="wan14b-720p")
+    parser.add_argument("--method", action="append", choices=METHODS, help="repeatable; all unless given")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    given = parser.parse_args()
+    shape = shape_of(given.shape)
+    if shape.sequence is None:
+        parser.error(f"--shape {given.shape} has no grid, and methods need one")
+    told = {"shape": shape.name, "heads": shape.heads, "head_dim": shape.head_dim, "tokens": shape.tokens}
+    found = [told | row for row in rows(shape, shape.sequence, given.method or list(METHODS))]
+    record.write(given.output, shlex.join(["python", *sys.argv]), torch.device("cpu"), found)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
