@@ -38,7 +38,7 @@ def test_a_lora_is_trained_and_gone_on_with(falloff, checkpoint: Path, clips: Pa
     done = falloff("train", "lora", clips, "--model", checkpoint, *METHOD, *longer, "--output", lora)
     assert done.code == 0, done.err
     assert f"--lora {lora} --method {lora / 'recipe.yaml'} --frames 5" in " ".join(done.out.split())
-    for line in ("looking at clips, 1 of 3", "validating, 1 of 5", "training, 3 of 3, loss 0."):
+    for line in ("looking at clips, 1 of 3", "validating, 1 of 5", "training, 3 of 3, loss 1."):
         assert line in done.err
     steps = [json.loads(line)["step"] for line in (lora / "log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 2, 3, 3]
