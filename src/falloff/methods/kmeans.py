@@ -41,8 +41,9 @@ class Clusters(NamedTuple):
 
     def order(self) -> Tensor:
         """Tokens cluster by cluster, in the given order inside each: int64 [B, H, N]."""
+        batch, heads, length = self.labels.shape
         order = torch.empty(self.labels.shape, dtype=torch.int64, device=self.labels.device)
-        for group in groups_within(*self.labels.shape[:2], SORT_BYTES * self.labels.shape[2]):
+        for group in groups_within(batch, heads, SORT_BYTES * length):
             order[group] = self.labels[group].sort(dim=-1, stable=True).indices
         return order
 
