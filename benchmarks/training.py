@@ -7,6 +7,10 @@
 blocks alone and linear attention alone, tuned towards the dense model. All ways are tuned in turns, half of the
 steps each, so that a machine that slows down favours none, and validated with their own attention on the same clips,
 noise and noise levels. Work in WORK is gone on with when it is interrupted.
+
+Every way has the same number of steps. Of a way with branches a quarter of them is its first stage, in which these
+alone are fitted to dense attention layer by layer, and the rest tunes branches and LoRA from there; blocks alone, which
+have nothing to fit, tune the LoRA in all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, ClassVar
@@ -42,6 +46,8 @@ from falloff.training import Course, Lora, Size, Sparse, train_lora, train_spars
 from falloff.training.adapter import loaded
 
 TURNS = 2
+FITTED = 0.25
+"""Share of the steps of a way with branches that is its first stage."""
 CLIPS = 24
 """To tune on and to validate with."""
 CALL = call_arguments(miniature.path())
@@ -188,23 +194,39 @@ def length(work: Path, steps: int, frames: int, prompts: int, rate: float, rank:
 
 def sparse(work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int) -> dict[str, Any]:
     methods, size = sparse_ways(), Size(frames=frames, height=CALL["height"], width=CALL["width"])
+    common = Sparse(size=size, rank=rank, validation=2, samples=0)
+    first_stage = replace(common, aim="output", backbone="none")
+    fitted = {name: round(FITTED * steps) for name, method in methods.items() if method.learns}
 
-    def tune(name: str, course: Course) -> None:
+    def stage(name: str, output: Path, sparse: Sparse, course: Course, start: Path | None) -> None:
         train_sparse(
             load(),
             work / "clips",
-            work / name,
+            output,
             methods[name],
-            Sparse(size=size, rank=rank, validation=2, samples=0),
+            sparse,
             course,
+            start=start,
             schedule=DENSE.schedule,
             call=CALL,
             cache=work / "cache",
-            progress=told(name),
+            progress=told(output.name),
         )
+
+    def first(name: str) -> Path:
+        return work / f"{name}, fitted"
+
+    def tune(name: str, course: Course) -> None:
+        count = fitted.get(name, 0)
+        if count:
+            stage(name, first(name), first_stage, replace(course, steps=min(count, course.steps)), None)
+        if course.steps > count:
+            second = replace(course, steps=course.steps - count)
+            stage(name, work / name, common, second, first(name) if count else None)
 
     in_turns(list(methods), steps, tune, rate)
     row: dict[str, Any] = {"arms": {name: course_of(work / name) for name in methods}}
+    row["first_stage"] = {name: course_of(first(name)) for name, count in fitted.items() if count}
     if prompts:
         ways = {"dense": DENSE, **{name: Way(way, DENSE.schedule, name) for name, way in methods.items()}}
         row["prompts"] = judged(ways, work, frames, prompts)

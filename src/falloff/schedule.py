@@ -36,6 +36,10 @@ class Schedule:
             return None
         if step is None or steps is None:
             return "step unknown"
+        return self.step_reason(step, steps)
+
+    def step_reason(self, step: int, steps: int) -> str | None:
+        """Why all layers stay dense in a step of ``steps``, or ``None``."""
         if step < count(self.dense_first, steps):
             return "dense first step"
         if step >= steps - count(self.dense_last, steps):

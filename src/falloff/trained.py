@@ -94,6 +94,7 @@ def extended(
         key_valid_BN=valid_keys(mask, len(q)),
         hidden_BSC=hidden,
         hidden_tokens=_covered(hidden, sequence),
+        sequence=sequence,
         first_head=first_head,
     )
     with torch.autocast(q.device.type, enabled=False):  # its sums are too long for half precision

@@ -38,6 +38,8 @@ def test_a_lora_is_trained_and_gone_on_with(falloff, checkpoint: Path, clips: Pa
     done = falloff("train", "lora", clips, "--model", checkpoint, *METHOD, *longer, "--output", lora)
     assert done.code == 0, done.err
     assert f"--lora {lora} --method {lora / 'recipe.yaml'} --frames 5" in " ".join(done.out.split())
+    for line in ("looking at clips, 1 of 3", "validating, 1 of 5", "training, 3 of 3, loss 1."):
+        assert line in done.err
     steps = [json.loads(line)["step"] for line in (lora / "log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 2, 3, 3]
     assert (lora / "samples" / "step-000003-0.mp4").stat().st_size > 100
@@ -89,6 +91,28 @@ def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: 
     arguments = ("--methods", recipe, "--frames", 5, "--output", tmp_path / "page")
     done = falloff("compare", "--prompt", "a fox", *lora, *arguments)
     assert done.code == 0, done.err
+
+
+def test_a_first_stage_is_a_start_for_the_second(falloff, checkpoint: Path, clips: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = ("train", "sparse", clips, "--model", checkpoint, *COMMON, "--cache", tmp_path / "cache")
+    settings = ("--set", "density=0.5", "--set", "q_block=4", "--set", "kv_block=4")
+    done = falloff(*common, *settings, "--aim", "output", "--output", first)
+    assert done.code == 1
+    assert "backbone = 'lora' would change the model meanwhile; set backbone = 'none'" in done.err
+    done = falloff(*common, *settings, "--aim", "output", "--backbone", "none", "--output", first)
+    assert done.code == 0, done.err
+    recipe = first / "recipe.yaml"
+    assert f"falloff train sparse {clips} --method {recipe} --start {first}" in " ".join(done.out.split())
+    done = falloff("generate", "a fox", "--model", checkpoint, "--lora", first, "--method", recipe, "--frames", 5)
+    assert done.code == 1
+    assert f"what {first} holds was trained without one" in done.err
+    done = falloff(*common, "--method", recipe, "--start", first, "--output", second)
+    assert done.code == 0, done.err
+    assert f"--lora {second} --method {second / 'recipe.yaml'} --frames 5" in " ".join(done.out.split())
+    done = falloff(*common, "--method", "sla2", "--start", first, "--output", tmp_path / "third")
+    assert done.code == 1
+    assert f"cannot start as asked: {first / 'branches.safetensors'} is of the method 'sla'" in done.err
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,23 @@ def test_the_linear_part_one_query_at_a_time(
                 torch.testing.assert_close(weight[entry, head, row], shares.sum(), rtol=1e-12, atol=1e-12)
 
 
+def test_blocks_may_have_shares_in_the_sums() -> None:
+    plan, marks = ragged()
+    q, k, v = (normal(i, 1, 2, 10, 3) for i in range(3))
+    features = FEATURES["softmax"]
+    of_zero_and_one = linear_attention(plan, q, k, v, features=features, over=(marks != 1).double())
+    for found, wanted in zip(
+        of_zero_and_one, linear_attention(plan, q, k, v, features=features, over="complement"), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    shares = normal(7, 1, 2, 3, 4).sigmoid().requires_grad_()
+
+    def call(shares: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_attention(plan, q, k, v, features=features, over=shares)
+
+    assert torch.autograd.gradcheck(call, shares, atol=1e-7)
+
+
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("over", OVERS)
 def test_gradients_against_central_differences(over: str, features: str) -> None:

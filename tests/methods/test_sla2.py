@@ -167,6 +167,60 @@ def test_a_gradient_reaches_the_router_through_soft_marks() -> None:
     assert torch.autograd.gradcheck(marks, [made.router_q.weight, made.router_k.weight], atol=1e-6)
 
 
+def fitted(text: int, router: float = 1.0) -> tuple[Mixed, Work]:
+    """A branch that is being fitted, its router larger than the identity, and a call of a grid and text."""
+    sequence, method = Sequence(Grid(2, 8, 8), text=text), SLA2(density=0.3, q_block=16, kv_block=8)
+    q, k, v = (normal(i, 1, 2, sequence.tokens, 3) for i in range(3))
+    made = branch().double()
+    made.fitting = True
+    for one in (made.router_q, made.router_k):
+        one.weight.data.mul_(router)
+        one.requires_grad_(True)
+    plan = method.plan(Call(sequence=sequence), q, k, v, State(trained=made))
+    assert isinstance(plan, Plan)
+    return made, dataclasses.replace(work(plan, q, k, v), sequence=sequence)
+
+
+def test_soft_marks_sum_to_the_number_kept_and_text_is_no_choice() -> None:
+    for text in (0, 5):
+        made, it = fitted(text)
+        shares, kept = made.shares(it, it.k_BHND), it.plan.blocks.dense()
+        torch.testing.assert_close(shares.sum(-1), kept.sum(-1).double())
+        of_video = shares[:, :, :8, :16]
+        assert bool(((of_video > 0) & (of_video < 1)).all())
+        assert bool((shares[:, :, 8:] == 1).all())
+        assert bool((shares[:, :, :, 16:] == 1).all())
+        assert bool(of_video[kept[:, :, :8, :16]].mean() > of_video[~kept[:, :, :8, :16]].mean())
+
+
+def test_a_call_of_text_alone_has_no_choice() -> None:
+    made, it = fitted(5)
+    it = dataclasses.replace(it, sequence=Sequence(Grid(1, 1, 4), text=it.plan.q_len - 4))
+    assert bool((made.shares(it, it.k_BHND) == 1).all())
+
+
+@pytest.mark.parametrize("text", [0, 5])
+def test_of_clear_scores_the_soft_output_is_the_hard_one(text: int) -> None:
+    made, it = fitted(text, router=100.0)
+    soft = made(it)
+    made.fitting = False
+    torch.testing.assert_close(made(it), soft)
+
+
+def test_the_output_while_it_is_fitted_teaches_the_router() -> None:
+    """The estimated share is taken for constant, so that it is held fixed."""
+    made, it = fitted(5)
+    balance = made.balance(it, centred(it.k_BHND, None), made.shares(it, it.k_BHND).detach())
+    made.balance = lambda *_: balance  # type: ignore[method-assign]
+    weights = [made.router_q.weight, made.router_k.weight]
+
+    def call(*_: Tensor) -> Tensor:
+        return made(it)[:, :, ::29]
+
+    assert torch.autograd.gradcheck(call, weights, atol=1e-6)
+    assert all(bool(gradient.any()) for gradient in torch.autograd.grad(made(it).square().sum(), weights))
+
+
 def test_processes_that_share_the_heads_take_their_own_shares() -> None:
     plan = plan_of(random_classes(0, 1, 1, 3, 4).clamp(min=0), 10, 10, 4, 3)
     made = branch()

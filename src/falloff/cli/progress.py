@@ -12,7 +12,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Steps:
-    """Shows "step x of y" and the time left on stderr, while in a ``with`` block. ``unit``: what is counted."""
+    """Shows "step x of y" and the time left on stderr, while in a ``with`` block.
+
+    ``unit``: what is counted; empty where that changes with what is going on.
+    """
 
     def __init__(self, doing: str, unit: str = "step") -> None:
         self._console = Console(stderr=True)
@@ -41,10 +44,10 @@ class Steps:
     ) -> None:
         self._bar.stop()
 
-    def show(self, doing: str, done: int = 0, total: int | None = None) -> None:
-        """Tell what is going on, and the steps done where they are counted."""
+    def show(self, doing: str, done: int = 0, total: int | None = None, detail: str = "") -> None:
+        """Tell what is going on, the steps done where they are counted, and what may be told from time to time."""
         assert self._task is not None
-        steps = f"{self._unit} {done} of {total}" if total else ""
+        steps = f"{self._unit} {done} of {total}{detail and f', {detail}'}".lstrip() if total else ""
         if total and total != self._total:
             self._bar.reset(self._task)
             self._start, self._first, self._total = time.monotonic(), done, total

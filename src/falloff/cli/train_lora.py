@@ -68,8 +68,8 @@ def lora(
             call=bench.call,
             cache=cache,
             fps=bench.fps,
-            progress=bench.progress.show,
+            progress=bench.progress,
         )
     typer.echo(f"{'wrote':<18}{output}: the LoRA, its recipe.yaml, log.jsonl and samples")
-    recipe, long = output / "recipe.yaml", bench.size["frames"]
-    typer.echo(f"{'try it':<18}falloff generate PROMPT --lora {output} --method {recipe} --frames {long}")
+    recipe, same = output / "recipe.yaml", train.options_of(bench, model)
+    typer.echo(f"{'try it':<18}falloff generate PROMPT --lora {output} --method {recipe} {same}")

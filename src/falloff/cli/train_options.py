@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ class Bench:
     size: Mapping[str, int]
     usual: Mapping[str, int]
     fps: float
-    progress: Steps
+    progress: Callable[[str, int, int], None]
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def bench(
     from falloff.cli import pipeline
     from falloff.recipe import Recipe, RecipeError
 
-    with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
+    with pipeline.quiet(), Steps(f"loading {checkpoint.name}", unit="") as progress:
         pipe = pipeline.load(checkpoint)
         with pipeline.running(), told(OSError, RecipeError):
             way = chosen.method
@@ -97,7 +97,24 @@ def bench(
                 api.check_recipe(pipe, way)
                 way = way.method
             size, usual = _size(pipe, call), _size(pipe, checkpoint.defaults)
-            yield Bench(pipe, way, chosen.schedule, call, size, usual, checkpoint.fps, progress)
+            yield Bench(pipe, way, chosen.schedule, call, size, usual, checkpoint.fps, _shown(progress))
+
+
+def _shown(progress: Steps) -> Callable[[str, int, int], None]:
+    """A training's progress, of which the loss changes at every step and is told from time to time."""
+
+    def show(doing: str, done: int, total: int) -> None:
+        what, _, detail = doing.partition(", ")
+        progress.show(what, done, total, detail)
+
+    return show
+
+
+def options_of(bench: Bench, model: str | None) -> str:
+    """What another command is to be given for videos of the same size by the same model."""
+    sizes = {name: value for name, value in bench.size.items() if name == "frames" or value != bench.usual[name]}
+    given = {**sizes, **({"model": model} if model else {})}
+    return " ".join(f"--{name} {value}" for name, value in given.items())
 
 
 def precision_of(text: str | None) -> Any:

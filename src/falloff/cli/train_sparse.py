@@ -25,8 +25,19 @@ def sparse(
     ] = "lora",
     rank: train.Rank = 128,
     aim: Annotated[
-        str, typer.Option(help="velocity: that of the dense model; flow: the data, by flow matching.")
+        str,
+        typer.Option(
+            help="velocity: that of the dense model; flow: the data, by flow matching; output: every layer's dense "
+            "attention, a first stage with --backbone none."
+        ),
     ] = "velocity",
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="Output of such a first stage, or a file of what the method has learned, to start from.",
+            show_default=False,
+        ),
+    ] = None,
     ramp: Annotated[
         int, typer.Option(min=0, help="Steps after which sparsity rises by 0.03; 0 for all of it at once.")
     ] = 0,
@@ -74,11 +85,18 @@ def sparse(
             bench.method,
             what,
             course,
+            start=start,
             schedule=bench.schedule,
             kernel=kernel,
             call=bench.call,
             cache=cache,
             fps=bench.fps,
-            progress=bench.progress.show,
+            progress=bench.progress,
         )
     typer.echo(f"{'wrote':<18}{output}: what was trained, its recipe.yaml, log.jsonl and samples")
+    recipe, same = output / "recipe.yaml", train.options_of(bench, model)
+    if aim == "output":
+        typer.echo(f"{'second stage':<18}falloff train sparse {videos} --method {recipe} --start {output} {same}")
+    elif backbone != "full":
+        lora = f" --lora {output}" if backbone == "lora" else ""
+        typer.echo(f"{'try it':<18}falloff generate PROMPT{lora} --method {recipe} {same}")

@@ -40,7 +40,7 @@ LEAST = 1e-30
 
 
 class _Seen(NamedTuple):
-    """Which key blocks a query block sums over, bool [B|1, H|1, Tq, Tk], and the blocks themselves."""
+    """Which key blocks a query block sums over, bool or their shares [B|1, H|1, Tq, Tk], and the blocks themselves."""
 
     marks: Tensor
     q: Blocks
@@ -54,15 +54,17 @@ def linear_attention(
     v_BHND: Tensor,
     *,
     features: Features,
-    over: Over,
+    over: Over | Tensor,
     key_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out [B, H, Nq, D] and its denominators [B, H, Nq], float32 at least. Differentiable.
 
     ``over``: the key blocks of Z_i, those that the plan neither computes nor drops ("marginal"), those that it does
-    not compute ("complement"), or "all". ``key_valid`` bool [B, Nk] leaves keys out whatever they hold. A query with
-    an empty Z_i gives 0 and 0. For a gradient states are made again instead of kept.
+    not compute ("complement"), or "all"; or the share that every block has in the sums, at least 0,
+    [B|1, H|1, Tq, Tk]. ``key_valid`` bool [B, Nk] leaves keys out whatever they hold. A query with an empty Z_i gives 0
+    and 0. For a gradient states are made again instead of kept.
     """
+    shares = (over,) if isinstance(over, Tensor) else ()
     seen = None if over == "all" else _seen(plan, over)
     batch, heads, _, head_dim = q_BHND.shape
     wide = torch.promote_types(q_BHND.dtype, torch.float32)
@@ -71,7 +73,7 @@ def linear_attention(
         valid = None if key_valid is None else key_valid[group[0]]
         run = partial(_attention, features, seen, group, valid)
         tensors = (q_BHND[group], k_BHND[group], v_BHND[group])
-        if differentiable(*tensors):
+        if differentiable(*tensors, *shares):
             results.append(checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False))
         else:
             results.append(run(*tensors))
@@ -107,7 +109,9 @@ def _over_blocks(seen: _Seen, group: Group, x: Tensor, y: Tensor, v1: Tensor) ->
     return seen.q.join(seen.q.split(x, group) @ summed, group)
 
 
-def _seen(plan: Plan, over: Over) -> _Seen:
+def _seen(plan: Plan, over: Over | Tensor) -> _Seen:
+    if isinstance(over, Tensor):
+        return _Seen(over, q_blocks(plan), kv_blocks(plan))
     left_out = plan.blocks.dense()
     if over == "marginal" and plan.dropped is not None:
         left_out = left_out | plan.dropped.dense()

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from falloff.geometry import Sequence
 from falloff.plan import Plan
 
 
@@ -29,6 +30,7 @@ class Work:
     ``out_BHND``: what a kernel made of them. ``key_valid_BN``: the keys that are no padding, where some are.
     ``hidden_BSC``: the layer's hidden states, for a branch that reads them, of the tokens ``hidden_tokens``,
     which is ``None`` for all.
+    ``sequence``: the grid and text that the tokens are of, for a branch that is fitted.
     ``first_head``: number in the model of the first head, where processes share the heads.
     """
 
@@ -41,16 +43,19 @@ class Work:
     key_valid_BN: Tensor | None = None
     hidden_BSC: Tensor | None = None
     hidden_tokens: slice | None = None
+    sequence: Sequence | None = None
     first_head: int = 0
 
 
 class Branch(nn.Module, ABC):
     """The parameters of one layer, which at first change as little of the sparse output as can be.
 
-    ``reads_hidden``: it needs the hidden states that queries and keys were made of.
+    ``reads_hidden``: it needs the hidden states that queries and keys were made of. ``fitting``: it is being fitted to
+    dense attention, so that a choice through which no gradient comes is to be made softly.
     """
 
     reads_hidden: ClassVar[bool] = False
+    fitting: bool = False
 
     @abstractmethod
     def forward(self, work: Work) -> Tensor:

@@ -7,7 +7,8 @@ softmax's mass that lies in those blocks. With O^l linear attention over the oth
 
 which is full attention exactly where alpha is that share and O^l is softmax attention over the others. Keys are freed
 of their mean, for the blocks as for O^l. Blocks are chosen by a learned router, (R_q p_i) . (R_k p_j) of block means,
-R the identity at first, by their highest scores; ``soft_topk`` lets a gradient reach R.
+R the identity at first, by their highest scores. No gradient passes that choice: while R is fitted, every block has a
+share m_ij of ``soft_topk`` in O^s and 1 - m_ij in O^l instead.
 
 The paper leaves open how alpha fits any number of tokens. Ours is, of query block i and head h,
 
@@ -24,16 +25,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from falloff.kernels.blocks import kv_blocks, means, q_blocks
-from falloff.kernels.linear import Features, linear_attention
+from falloff.kernels.linear import Features, Over, linear_attention
+from falloff.kernels.soft import soft_attention
 from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.branch import Branch, Layer, Work, blank_linear
-from falloff.methods.layout import Prediction, check_count, check_share, predicted
+from falloff.methods.layout import Prediction, UniformBlocks, check_count, check_share, predicted
 from falloff.methods.pooling import block_means
 from falloff.methods.select import topk
 from falloff.methods.sla import FEATURES, Phi, share_of
+from falloff.methods.soft_topk import soft_topk
 from falloff.plan import Plan
 from falloff.schedule import Schedule
 
@@ -126,33 +130,63 @@ class Mixed(Branch):
 
     def forward(self, work: Work) -> Tensor:
         k = centred(work.k_BHND, work.key_valid_BN)
-        linear, weight = linear_attention(
-            work.plan,
-            work.q_BHND,
-            k,
-            work.v_BHND,
-            features=self.features,
-            over="complement",
-            key_valid=work.key_valid_BN,
+        if not self.fitting:
+            return self._mixed(work, k, work.out_BHND, "complement", self.balance(work, k))
+        shares = self.shares(work, k)
+        kept = soft_attention(
+            work.plan, shares, work.q_BHND, k, work.v_BHND, scale=work.scale, key_valid=work.key_valid_BN
         )
-        logit_BHT = self.balance(work, k)
+        return self._mixed(work, k, kept, 1 - shares, self.balance(work, k, shares))
+
+    def shares(self, work: Work, k_BHND: Tensor) -> Tensor:
+        """Soft marks of every query block's choice, [B, H, Tq, Tk], that sum to the number kept. Differentiable in R.
+
+        Ones for blocks with text, which are no choice.
+        """
+        sequence, plan = work.sequence, work.plan
+        assert sequence is not None
+        assert isinstance(plan.q_sizes, int)
+        assert isinstance(plan.kv_sizes, int)
+        sides = [UniformBlocks(sequence, size).pinned for size in (plan.q_sizes, plan.kv_sizes)]
+        (q_before, q_after), (k_before, k_after) = sides
+        scores = self._scores(work, k_BHND)[0]
+        rows, columns = scores.shape[2] - q_after, scores.shape[3] - k_after
+        open_ = scores[:, :, q_before:rows, k_before:columns]
+        if not open_.numel():
+            return torch.ones_like(scores)
+        kept = plan.blocks.dense()[:, :, q_before, k_before:columns].sum(-1).amax()
+        return F.pad(soft_topk(open_, int(kept)), (k_before, k_after, q_before, q_after), value=1.0)
+
+    def _mixed(self, work: Work, k: Tensor, kept: Tensor, over: Over | Tensor, logit_BHT: Tensor) -> Tensor:
+        """``kept`` and linear attention ``over`` the other blocks, by the learned share."""
+        linear, weight = linear_attention(
+            work.plan, work.q_BHND, k, work.v_BHND, features=self.features, over=over, key_valid=work.key_valid_BN
+        )
         heads = slice(work.first_head, work.first_head + logit_BHT.shape[1])
         slope, offset = (x[heads, None].to(logit_BHT.dtype) for x in (self.slope, self.offset))
         block = work.plan.q_block_of().expand(*weight.shape)
         logit = (slope * logit_BHT + offset).gather(2, block)
         rest_is_empty = weight == 0
-        mixed = mix(work.out_BHND, linear, logit)
-        return torch.where(rest_is_empty[..., None], work.out_BHND.to(mixed.dtype), mixed).to(work.out_BHND.dtype)
+        mixed = mix(kept, linear, logit)
+        return torch.where(rest_is_empty[..., None], kept.to(mixed.dtype), mixed).to(work.out_BHND.dtype)
 
     @torch.no_grad()
-    def balance(self, work: Work, k_BHND: Tensor) -> Tensor:
-        """Log of the estimated mass in the blocks a query block keeps / that in the others, [B, H, Tq]."""
+    def balance(self, work: Work, k_BHND: Tensor, shares_BHQK: Tensor | None = None) -> Tensor:
+        """Log of the estimated mass in the blocks a query block keeps / that in the others, [B, H, Tq].
+
+        ``shares_BHQK``: how far it keeps them, in place of the plan's map.
+        """
+        scores, counts = self._scores(work, k_BHND)
+        kept = (work.plan.blocks.dense() if shares_BHQK is None else shares_BHQK).to(scores.dtype)
+        masses = scores + counts.log()[..., None, :]
+        inside, outside = ((masses + share.log()).logsumexp(-1) for share in (kept, 1 - kept))
+        return (inside - outside).nan_to_num(nan=0.0).clamp(-SURE, SURE)
+
+    def _scores(self, work: Work, k_BHND: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled scores of all pairs of blocks, [B, H, Tq, Tk], and the valid tokens of key blocks [B, H, Tk]."""
         q_means, _ = means(q_blocks(work.plan), work.q_BHND)
         k_means, counts = means(kv_blocks(work.plan), k_BHND, work.key_valid_BN)
-        scores = work.scale * self.route(q_means, k_means) + counts.log()[..., None, :]
-        kept = work.plan.blocks.dense()
-        inside, outside = (scores.masked_fill(~marks, -torch.inf).logsumexp(-1) for marks in (kept, ~kept))
-        return (inside - outside).nan_to_num(nan=0.0).clamp(-SURE, SURE)
+        return work.scale * self.route(q_means, k_means), counts
 
 
 def centred(k_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:

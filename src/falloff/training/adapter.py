@@ -105,9 +105,13 @@ def loaded(pipe: Any, source: str | Path) -> Iterator[None]:
 
 def _file(source: Path) -> Path:
     file = source / WEIGHTS if source.is_dir() else source
-    if not file.is_file():
-        raise TrainingError(f"there is no LoRA at {file}; give a .safetensors file, or a folder with {WEIGHTS}")
-    return file
+    if file.is_file():
+        return file
+    if (source / RECIPE).is_file():
+        raise TrainingError(
+            f"there is no LoRA at {file}: what {source} holds was trained without one; its {RECIPE} alone is its method"
+        )
+    raise TrainingError(f"there is no LoRA at {file}; give a .safetensors file, or a folder with {WEIGHTS}")
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from falloff.evaluation import files
-from falloff.training.data import Clip, Fault, read_frames, refuse
+from falloff.training.data import Clip, Fault, read_frames, refuse, words
 from falloff.training.families import Family, Text
 from falloff.training.objective import Sample
 
@@ -84,7 +84,7 @@ def prepare(
             try:
                 video = read_frames(clip, size.frames, size.height, size.width)
             except (OSError, ValueError) as error:
-                faults.append((clip.name, f"cannot be decoded: {error}"))
+                faults.append((clip.name, f"cannot be decoded: {words(error)}"))
                 continue
             _write(file, _encoded(pipe, family, video, clip.caption, call))
         on_clip(done, len(mine))

@@ -71,6 +71,11 @@ def refuse(faults: Sequence[Fault], total: int) -> None:
         raise TrainingError(f"{len(faults)} files cannot be trained on (remove or replace them): {listed}")
 
 
+def words(error: OSError | ValueError) -> str:
+    """An error without the number that PyAV gives it."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def find(folder: Path) -> tuple[list[Clip], list[Fault]]:
     """All clips of a folder, and the files that are none. Raises ``TrainingError`` for what is no folder."""
     if not folder.is_dir():
@@ -179,7 +184,7 @@ def _fault(clip: Clip, frames: int) -> str | None:
                 return "has no video in it"
             count = sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
     except (OSError, ValueError) as error:  # PyAV's errors are both
-        return f"cannot be read: {error}"
+        return f"cannot be read: {words(error)}"
     return None if count >= frames else f"has {count} frames, fewer than the {frames} to train on"
 
 

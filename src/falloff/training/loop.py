@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from falloff.evaluation import files
 from falloff.training.errors import TrainingError
 
 STATE, LOG = "state.pt", "log.jsonl"
+HASH = re.compile("[0-9a-f]{32}")
+"""How an identity tells the content of files."""
 Loss = Callable[[int, torch.Generator], Tensor]
 """Loss of sample number n, with the chance of that sample: 0-d, to be differentiated."""
 
@@ -225,7 +228,7 @@ class _Run:
     def _check(self, before: dict[str, Any]) -> None:
         now = json.loads(json.dumps(self.identity))
         if changed := [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]:
-            told = ", ".join(f"{name} was {before.get(name)} and is now {now.get(name)}" for name in changed)
+            told = ", ".join(_change(name, before.get(name), now.get(name)) for name in changed)
             raise TrainingError(
                 f"{self.folder} holds a training of other settings: {told}; go on with those, or give another folder"
             )
@@ -278,6 +281,13 @@ class _Run:
             yield
         finally:
             _copy(current, self.parameters)
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """In words; of what is known by its hash alone, that it is another."""
+    if any(isinstance(value, str) and HASH.fullmatch(value) for value in (before, now)):
+        return f"{name}: the files are others"
+    return f"{name} was {before} and is now {now}"
 
 
 @torch.no_grad()

@@ -52,7 +52,10 @@ class Lesson:
         if not 0 <= self.uncaptioned <= 1:
             raise ValueError(f"uncaptioned = {self.uncaptioned} is outside 0.0 to 1.0")
         if not 0 <= self.samples <= self.validation:
-            raise ValueError(f"samples = {self.samples} must be 0 to the {self.validation} clips kept for validation")
+            raise ValueError(
+                f"samples = {self.samples} must be 0 to the {self.validation} clips kept for validation; make fewer "
+                "samples, or keep more clips"
+            )
         self.check_choice("precision", ("no", "bf16"))
 
     def check_choice(self, name: str, legal: tuple[str, ...]) -> None:
@@ -92,12 +95,21 @@ class Studio:
     fps: float
     progress: Progress
 
-    def point(self, number: int, generator: torch.Generator) -> Point:
-        """What sample ``number`` of the training is."""
+    def point(self, number: int, generator: torch.Generator, *, planned: bool = False) -> Point:
+        """What sample ``number`` of the training is; ``planned``: at a step that the schedule does not keep dense."""
         captioned = bool(torch.rand((), generator=generator) >= self.lesson.uncaptioned)
         index = self.lessons[loop.drawn(number, len(self.lessons), self.seed)]
         sample = self.cache.sample(index, self.accelerator.device, captioned=captioned)
-        return point_at(sample, self.flow.draw(generator), generator)
+        level = self.flow.draw(generator)
+        while planned and self._stays_dense(level):
+            level = self.flow.draw(generator)
+        return point_at(sample, level, generator)
+
+    def _stays_dense(self, level: float) -> bool:
+        at = self.flow.position(level)
+        assert at.step is not None
+        assert at.steps is not None
+        return self.manner.schedule.step_reason(at.step, at.steps) is not None
 
     def velocity(self, model: Any, point: Point) -> Tensor:
         """What the pipeline's transformer, or a copy of it, takes for noise - x_0."""
@@ -109,7 +121,10 @@ class Studio:
         points = validation_points([self.cache.sample(index, device) for index in self.exams], self.seed)
         if not points:
             return {}
-        losses = [loss(point) for point in points[self.accelerator.process_index :: one]]
+        mine, losses = points[self.accelerator.process_index :: one], []
+        for done, point in enumerate(mine, 1):
+            losses.append(loss(point))
+            self.progress("validating", done, len(mine))
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
         return {"validation": float(self.accelerator.reduce(total, "sum")) / len(points)}
 
