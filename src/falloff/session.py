@@ -73,6 +73,8 @@ class Decision(NamedTuple):
     reason: str | None
     sequence: Sequence | None = None
     plan: Plan | None = None
+    whole: bool = False
+    """Whether the plan leaves nothing out, so that the model's own attention computes it."""
     lasts: bool = True
     """Whether it holds for all calls of the forward that look the same."""
 
@@ -185,11 +187,13 @@ class Session:
         does, planned = self._decision(seat, q_BSHD, k_BSHD, v_BSHD, grid, mask, scale)
         plan, where = does.plan, self.position
         watch = Stopwatch(q_BSHD.device) if self.timing else None
-        if plan is None:
-            out, kernel, density = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), dense.name(), 1.0
+        if plan is None or does.whole:
+            out = kept = dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
+            kernel, density, choice = dense.name(), 1.0, None
         else:
-            kept, choice = self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)
+            kept, choice = self._compute(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale)
             out, kernel, density = kept, choice.name, plan.density
+        if plan is not None:
             branch = self.trained.of(seat.model, seat.layer)
             if branch is not None:
                 assert does.sequence is not None  # the plan's
@@ -202,10 +206,10 @@ class Session:
         )
         if plan is None:
             return out, False
-        self._last_plan, self._last_choice = plan, choice
+        self._last_plan, self._last_choice = plan, choice or _models_own(kernel)
         if (seat.model, seat.layer) not in self._looked_at:
             self._looked_at.add((seat.model, seat.layer))
-            self._look(seat, choice, q_BSHD, k_BSHD, v_BSHD, kept)
+            self._look(seat, kernel, q_BSHD, k_BSHD, v_BSHD, kept)
         return out, True
 
     def attend_again(
@@ -230,7 +234,9 @@ class Session:
             raise MethodError(f"{self.method.name} plans from queries and keys; train it in eager mode, not compiled")
         plan = self._kept(seat, _sequence(seat, grid, q_BSHD.shape[1]), q_BSHD, k_BSHD, v_BSHD).plan
         assert isinstance(plan, Plan)  # it was one when the call was first run
-        return self._run(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale, dense)[0]
+        if self._leaves_nothing_out(plan):
+            return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale)
+        return self._compute(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale)[0]
 
     def report(self) -> Report:
         """What the last run did."""
@@ -242,24 +248,6 @@ class Session:
             plan=self._last_plan,
             choice=str(self._last_choice) if self._last_choice is not None else None,
         )
-
-    def _run(
-        self,
-        plan: Plan,
-        q_BSHD: Tensor,
-        k_BSHD: Tensor,
-        v_BSHD: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        dense: DenseBackend,
-    ) -> tuple[Tensor, kernels.Choice]:
-        """The output [B, S, H, D] of a plan, and what computed it.
-
-        A plan that leaves nothing out is the model's own attention, unless the user wants a certain kernel.
-        """
-        if self._leaves_nothing_out(plan):
-            return dense.run(q_BSHD, k_BSHD, v_BSHD, mask, scale), _models_own(dense.name())
-        return self._compute(plan, q_BSHD, k_BSHD, v_BSHD, mask, scale)
 
     def _compute(
         self, plan: Plan, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None, scale: float | None
@@ -273,6 +261,7 @@ class Session:
         return out.transpose(1, 2), choice
 
     def _leaves_nothing_out(self, plan: Plan) -> bool:
+        """Such a plan is the model's own attention, unless the user wants a certain kernel."""
         return self.kernel == "auto" and plan.density == 1 and plan.skip is None
 
     def _decision(
@@ -337,7 +326,7 @@ class Session:
         )
         if isinstance(plan, Dense):
             return Decision(plan.reason, sequence, lasts=static)
-        return Decision(None, sequence, plan, lasts=static)
+        return Decision(None, sequence, plan, self._leaves_nothing_out(plan), lasts=static)
 
     def _plan_ahead(
         self, seat: Seat, sequence: Sequence | None, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
@@ -376,14 +365,12 @@ class Session:
                 "kernel (see falloff doctor) or method, or falloff.disable"
             ) from error
         kept.tried.add(q.dtype)
-        self._look(seat, choice, q, k, v, out)
+        self._look(seat, choice.name, q, k, v, out)
 
-    def _look(
-        self, seat: Seat, choice: kernels.Choice, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, out: Tensor
-    ) -> None:
+    def _look(self, seat: Seat, kernel: str, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, out: Tensor) -> None:
         """Remember to judge this call when the forward is over. In training the loss tells, so nobody waits for it."""
         if not differentiable(q_BSHD, k_BSHD, v_BSHD):
-            self._looks.append(sanity.look(self._words(seat, q_BSHD), choice.name, q_BSHD, k_BSHD, v_BSHD, out))
+            self._looks.append(sanity.look(self._words(seat, q_BSHD), kernel, q_BSHD, k_BSHD, v_BSHD, out))
 
     def _words(self, seat: Seat, q_BSHD: Tensor) -> str:
         where = self.position

@@ -17,7 +17,7 @@ import falloff
 
 OURS = str(Path(falloff.__file__).parent)
 KEPT_DENSE = falloff.Schedule(dense_first=1.0)
-FUNCTIONS_A_CALL = 18
+FUNCTIONS_A_CALL = 16
 """Two hooks, the route to the session, the decision looked up, the model's own attention and its name, and the mark."""
 
 
