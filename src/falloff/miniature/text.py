@@ -1,8 +1,8 @@
 """The miniature's text side: a tokenizer that knows the captions' words, and a tiny UMT5 encoder.
 
 As the large encoders do, it learns from text alone what belongs together: each word of "a red 3 moving right" is
-taught to say all of its part of the caption. Trained on videos only, its words kept to themselves (a probe read the
-digit from the word of its colour in one case of seven), and videos of two digits mixed them up.
+taught to say all of its part of the caption. Trained on videos alone its words kept to themselves, and in videos of
+two digits they got mixed up.
 """
 
 from __future__ import annotations
