@@ -1,4 +1,4 @@
-"""The miniature's transformer and text encoder, trained together by flow matching.
+"""The miniature's transformer, trained by flow matching on captions that its text encoder has learnt before.
 
 x_t = (1 - s) x_0 + s noise; the transformer learns noise - x_0 from x_t, the timestep 1000 s and the caption.
 Training goes from small and short (shapes and colours, many samples per second) to large and long. Positions
@@ -57,6 +57,7 @@ STAGES = (
     Stage(0.80, (Meal(FULL, 5, 4), Meal(LONG, 9, 2))),
     Stage(1.0, (Meal(LONG, 9, 2), Meal(LONG, 17, 1), Meal(LONG, 17, 1))),
 )
+SHAPES_KNOWN = 0.48  # where training goes on from weights that draw digits already
 NO_CAPTION = 0.1  # the share of clips trained without their caption, for guidance
 SHIFT = 5.0
 
@@ -79,7 +80,7 @@ def build_transformer() -> WanTransformer3DModel:
 
 
 class Model(torch.nn.Module):
-    """Transformer and text encoder as one module, since they train as one."""
+    """Transformer and text encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,9 +91,14 @@ class Model(torch.nn.Module):
 def train(vae: AutoencoderKLWan, folder: Path, seconds: float, start: Model | None = None) -> Model:
     """Train for `seconds` in all, resuming from `folder`/transformer.pt; returns the averaged weights.
 
-    Without that file training begins with the weights of `start`, or afresh.
+    Without that file training begins with the weights of `start`, or afresh; in both cases the text encoder learns
+    from captions first and is left alone from then on.
     """
     model = start or seeded(Model)
+    opening = SHAPES_KNOWN if start else 0.0
+    if not (folder / "transformer.pt").exists():
+        text.teach(model.text_encoder)
+    model.text_encoder.requires_grad_(False)
     model.transformer.compile(dynamic=False)  # a fifth to two fifths faster, once each kind of step is compiled
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # type: ignore[no-untyped-call]  # torch's
     matrices = (p for p in model.transformer.blocks.parameters() if p.ndim == 2)
@@ -105,7 +111,7 @@ def train(vae: AutoencoderKLWan, folder: Path, seconds: float, start: Model | No
     with Progress() as progress:
         bar = progress.add_task("transformer", total=seconds, completed=int(spent))
         while (spent := time.monotonic() - began) < seconds:
-            meal = meal_at(spent / seconds, step)
+            meal = meal_at(opening + (1 - opening) * spent / seconds, step)
             if meal.recipe.name not in pools:
                 pools[meal.recipe.name] = load(meal.recipe, vae, folder)
             set_rate(both.values(), _rate(step, spent / seconds))
