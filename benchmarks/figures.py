@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -183,6 +184,21 @@ def seam_figures() -> str:
     return table(head, rows) + "\n\n" + source(result, path)
 
 
+def planning_figures() -> str:
+    """Memory of a method's first call and of its second, by shape."""
+    parts = []
+    for path in sorted(RESULTS.glob("planning-*.json")):
+        result = json.loads(path.read_text())
+        first = result["rows"][0]
+        calls: dict[str, list[str]] = defaultdict(list)
+        for row in result["rows"]:
+            calls[row["method"]].append(f"{row['extra_bytes'] / 1e6:.0f} MB")
+        size = f"{first['tokens']:,} tokens, {first['heads']} heads of {first['head_dim']}"
+        head = [size, "first call", "next"]
+        parts += [table(head, [[name, *both] for name, both in calls.items()]), source(result, path, "../../")]
+    return "\n\n".join(parts)
+
+
 def decoding_figures() -> str:
     """The image miniature: quality and time of each way, then costs and orders; nothing before it was measured."""
     path = RESULTS / "lpd-cpu.json"
@@ -285,6 +301,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "attention": attention_figures,
     "methods": methods_figures,
     "seam": seam_figures,
+    "planning": planning_figures,
     "decoding": decoding_figures,
     "length": partial(training_figures, "length"),
     "sparse": partial(training_figures, "sparse"),

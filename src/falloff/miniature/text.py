@@ -1,8 +1,8 @@
 """The miniature's text side: a tokenizer that knows the captions' words, and a tiny UMT5 encoder.
 
 As the large encoders do, it learns from text alone what belongs together: each word of "a red 3 moving right" is
-taught to say all of its part of the caption. Trained on videos alone its words kept to themselves, and in videos of
-two digits they got mixed up.
+taught to say all of its part of the caption. In training on videos alone its words hardly learn that, and videos of
+two digits mix them up.
 """
 
 from __future__ import annotations
