@@ -1,17 +1,18 @@
 """Memory that planning takes beyond its inputs: two calls of every method that looks at queries and keys.
 
-    python benchmarks/planning.py --shape wan14b-720p --method svg2 --output benchmarks/results/planning-720p-cpu.json
-    python benchmarks/planning.py --shape 40,128,21x15x20 --output benchmarks/results/planning-small-cpu.json
+    MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/planning.py --shape 40,128,21x15x20 \\
+        --output benchmarks/results/planning-cpu.json
 
 Queries and keys are random, in float32: memory depends on shapes alone. The second call finds the state that the first
-has left. A peak is of the process's resident memory, so it counts the plan itself and what the C library keeps; where
-a method looks at its inputs as they are, none of it depends on their precision.
+has left. A peak is of the process's resident memory, so it counts the plan itself, and what the C library keeps of
+freed memory unless its variable above tells it to give that back.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ METHODS: dict[str, Method] = {
     "contour": falloff.Contour(),
 }
 LAYERS, STEPS = 40, 50
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+"""A variable that the C library reads, and that the figures depend on."""
 
 
 def rows(shape: Shape, sequence: Sequence, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -74,7 +77,8 @@ def main() -> None:
         parser.error(f"--shape {given.shape} has no grid, and methods need one")
     told = {"shape": shape.name, "heads": shape.heads, "head_dim": shape.head_dim, "tokens": shape.tokens}
     found = [told | row for row in rows(shape, shape.sequence, given.method or list(METHODS))]
-    record.write(given.output, shlex.join(["python", *sys.argv]), torch.device("cpu"), found)
+    told_to_c = [f"{THRESHOLD}={os.environ[THRESHOLD]}"] if THRESHOLD in os.environ else []
+    record.write(given.output, shlex.join([*told_to_c, "python", *sys.argv]), torch.device("cpu"), found)
     print(json.dumps(found, indent=1))
 
 

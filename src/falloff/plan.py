@@ -322,9 +322,8 @@ def _check_order(side: str, length: int, order: Tensor, lead: tuple[int, int]) -
 def _all_of(order: Tensor, length: int) -> bool:
     """Whether every row holds each of 0 to ``length - 1``: marked rather than sorted, which takes memory and time."""
     least, most = torch.aminmax(order)
-    if not bool((least >= 0) & (most < length)):
-        return False
-    return bool(torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, True).all())
+    marks = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order.clamp(0, length - 1), True)
+    return bool((least >= 0) & (most < length) & marks.all())  # the device is waited for once
 
 
 def _check_dropped(blocks: BlockMap, dropped: BlockMap) -> None:
