@@ -18,8 +18,8 @@ from tiny import TEXT, Frames, t2v
 
 import falloff
 from falloff.training import TrainingError, adapter
-from falloff.training.families import family_of
-from falloff.training.objective import Sample, flow_of, point_at, velocity
+from falloff.training.families import Sample, family_of
+from falloff.training.objective import flow_of, point_at, velocity
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi asks for float32, which the CPU has anyway
 STEPS = 4
@@ -73,7 +73,7 @@ def test_arguments_and_levels_are_those_of_the_pipeline(name: str) -> None:
     text = family.text(pipe, "a fox", {})
     assert len(given) == STEPS
     for level, theirs in zip(flow.levels, given, strict=True):
-        ours = {**family.inputs(pipe, theirs["hidden_states"], torch.tensor([level]), size, call), **text}
+        ours = {**family.inputs(pipe, theirs["hidden_states"], torch.tensor([level]), Sample(hidden[0], size, text), call), **text}
         expected = {key: value for key, value in theirs.items() if value is not None and key != "return_dict"}
         assert set(ours) == set(expected)
         for key, value in ours.items():
@@ -193,7 +193,7 @@ def test_one_level_for_all_tokens_is_one_level() -> None:
     """Wan 2.2 5B is told the level of every token, which are all the same in text to video."""
     pipe = t2v()
     noised, text = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 4, TEXT)
-    given = family_of(pipe).inputs(pipe, noised, torch.tensor([0.3]), (3, 8, 8), {})
+    given = family_of(pipe).inputs(pipe, noised, torch.tensor([0.3]), Sample(noised, (3, 8, 8), {}), {})
     with torch.no_grad():
         ours = pipe.transformer(**given, encoder_hidden_states=text, return_dict=False)[0]
         given["timestep"] = given["timestep"].expand(1, 3 * 4 * 4)

@@ -64,6 +64,13 @@ class Bench:
     fps: float
     progress: Callable[[str, int, int], None]
 
+    @property
+    def transformers(self) -> list[Any]:
+        """One, or two that share the noise levels."""
+        from falloff import api
+
+        return [model for name in api.TRANSFORMERS if (model := getattr(self.pipe, name, None)) is not None]
+
 
 @contextmanager
 def bench(

@@ -77,7 +77,8 @@ def sparse(
             steps=steps, batch=batch, rate=rate, ema=ema, seed=seed, save_every=save_every, check_every=check_every
         )
         if backbone == "full":
-            bench.pipe.transformer.float()  # what is trained, is trained in single precision
+            for transformer in bench.transformers:
+                transformer.float()  # what is trained, is trained in single precision
         train_sparse(
             bench.pipe,
             videos,

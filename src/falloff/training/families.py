@@ -8,11 +8,12 @@ pipelines does this backwards; tests hold the arguments made here against those 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from falloff.training.errors import TrainingError
@@ -25,24 +26,44 @@ Size = tuple[int, int, int]
 """Of the autoencoder's latents: frames, height, width."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One clip: latents as the family makes them, the autoencoder's latent size, and the caption's text.
+
+    image: what a pipeline that begins with a picture makes of the clip's first. given: how many latent frames the
+    pipeline takes from that picture, and does not denoise.
+    """
+
+    latents: Tensor
+    size: Size
+    text: Text
+    image: Text = field(default_factory=dict)
+    given: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """``temporal``: video frames of one latent frame.
 
     latents: from the autoencoder's [1, C, F, H, W], as the pipeline denoises them, any shape that begins with 1. text:
     of a caption. inputs: arguments of the transformer's forward but the text's, for noised latents, the noise level [1]
-    and the size of the autoencoder's latents. velocity: +1 when the transformer puts out noise - x_0, -1 for
-    x_0 - noise. timetable: what the pipeline gives its scheduler for a number of steps. refuse: why a pipeline of the
-    family cannot be trained, if it cannot.
+    and the clip that they are of. velocity: +1 when the transformer puts out noise - x_0, -1 for x_0 - noise.
+    timetable: what the pipeline gives its scheduler for a number of steps. image: what the pipeline makes of the
+    picture that a video of this call begins with, where it takes one. given: how many latent frames it takes from
+    that picture, and does not denoise. boundary: the noise level below which a second transformer is at work, or 0.
+    refuse: why a pipeline of the family cannot be trained, if it cannot.
     """
 
     pipelines: tuple[str, ...]
     temporal: Callable[[Any], int]
     latents: Callable[[Any, Tensor], Tensor]
     text: Callable[[Any, str, Call], Text]
-    inputs: Callable[[Any, Tensor, Tensor, Size, Call], dict[str, Any]]
+    inputs: Callable[[Any, Tensor, Tensor, Sample, Call], dict[str, Any]]
     velocity: int = 1
     timetable: Callable[[Any, int, Call], dict[str, Any]] = lambda pipe, steps, call: {"num_inference_steps": steps}
+    image: Callable[[Any, Image, Call], Text] | None = None
+    given: Callable[[Any], int] = lambda pipe: 0
+    boundary: Callable[[Any], float] = lambda pipe: 0.0
     refuse: Callable[[Any], str | None] = lambda pipe: None
 
 
@@ -75,9 +96,15 @@ def _wan_text(pipe: Any, caption: str, call: Call) -> Text:
     return {"encoder_hidden_states": embeds}
 
 
+def _wan_boundary(pipe: Any) -> float:
+    """Of the two experts of Wan 2.2 A14B: the first denoises from here on upwards, the second below."""
+    return float(pipe.config.get("boundary_ratio") or 0.0)
+
+
 def _wan_refuse(pipe: Any) -> str | None:
-    if getattr(pipe, "transformer_2", None) is not None:
-        return "it has two experts (Wan 2.2 A14B), and a LoRA of one would leave the other as it was"
+    missing = [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is None]
+    if "transformer" in missing or (missing and _wan_boundary(pipe)):
+        return f"its boundary_ratio is {pipe.config.get('boundary_ratio')} and it has no {missing[0]}; load all of it"
     return None
 
 
@@ -86,8 +113,54 @@ WAN = Family(
     temporal=lambda pipe: int(pipe.vae_scale_factor_temporal),
     latents=lambda pipe, latents: normalised(latents, pipe.vae.config),
     text=_wan_text,
-    inputs=lambda pipe, noised, level, size, call: {"hidden_states": noised, "timestep": 1000 * level},
+    inputs=lambda pipe, noised, level, sample, call: {"hidden_states": noised, "timestep": 1000 * level},
+    boundary=_wan_boundary,
     refuse=_wan_refuse,
+)
+
+
+def _wan_image(pipe: Any, picture: Image, call: Call) -> Text:
+    """The picture as latents, with a mask beside them unless it takes the first frame's place; and as seen by CLIP
+    where the transformer is told so (Wan 2.1)."""
+    height, width, device = call["height"], call["width"], pipe._execution_device
+    pixels = pipe.video_processor.preprocess(picture, height=height, width=width)
+    _, condition, *_ = pipe.prepare_latents(
+        pixels.to(device, torch.float32),
+        batch_size=1,
+        num_channels_latents=pipe.vae.config.z_dim,
+        height=height,
+        width=width,
+        num_frames=call["num_frames"],
+        dtype=torch.float32,
+        device=device,
+        latents=torch.zeros((), device=device),  # of no concern: only what comes of the picture is kept
+    )
+    seen = {}
+    if pipe.transformer.config.image_dim is not None:
+        seen["encoder_hidden_states_image"] = pipe.encode_image(picture, device)
+    return {"condition": condition, **seen}
+
+
+def _wan_image_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: Call) -> dict[str, Any]:
+    """More channels for the picture; or, in Wan 2.2 5B, its latents in place of the first frame, at noise level 0."""
+    image = {name: x.to(noised) for name, x in sample.image.items()}
+    condition = image.pop("condition")
+    if not pipe.config.get("expand_timesteps"):
+        return {"hidden_states": torch.cat([noised, condition], dim=1), "timestep": 1000 * level, **image}
+    _, tall, wide = pipe.transformer.config.patch_size
+    frames, height, width = sample.size
+    levels = level.repeat(frames, height // tall, width // wide)
+    levels[:1] = 0
+    hidden = torch.cat([condition, noised[:, :, 1:]], dim=2)
+    return {"hidden_states": hidden, "timestep": 1000 * levels.flatten()[None], **image}
+
+
+WAN_IMAGE = replace(
+    WAN,
+    pipelines=("WanImageToVideoPipeline",),
+    inputs=_wan_image_inputs,
+    image=_wan_image,
+    given=lambda pipe: int(bool(pipe.config.get("expand_timesteps"))),
 )
 
 
@@ -97,7 +170,7 @@ def _hunyuan_text(pipe: Any, caption: str, call: Call) -> Text:
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "encoder_attention_mask": mask}
 
 
-def _hunyuan_inputs(pipe: Any, noised: Tensor, level: Tensor, size: Size, call: Call) -> dict[str, Any]:
+def _hunyuan_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: Call) -> dict[str, Any]:
     """The guidance that was distilled into the model is told as in inference."""
     guidance = torch.full_like(level, 1000 * call.get("guidance_scale", 6.0))
     return {"hidden_states": noised, "timestep": 1000 * level, "guidance": guidance.to(noised.dtype)}
@@ -130,7 +203,7 @@ MOCHI = Family(  # tells the share of the video, not of noise, and moves towards
     temporal=lambda pipe: int(pipe.vae_temporal_scale_factor),
     latents=lambda pipe, latents: normalised(latents, pipe.vae.config, pipe.vae.config.scaling_factor),
     text=_mochi_text,
-    inputs=lambda pipe, noised, level, size, call: {"hidden_states": noised, "timestep": 1000 * (1 - level)},
+    inputs=lambda pipe, noised, level, sample, call: {"hidden_states": noised, "timestep": 1000 * (1 - level)},
     velocity=-1,
     timetable=_mochi_timetable,
 )
@@ -152,8 +225,8 @@ def _ltx_latents(pipe: Any, latents: Tensor) -> Tensor:
     return packed
 
 
-def _ltx_inputs(pipe: Any, noised: Tensor, level: Tensor, size: Size, call: Call) -> dict[str, Any]:
-    frames, height, width = size
+def _ltx_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: Call) -> dict[str, Any]:
+    frames, height, width = sample.size
     spatial = pipe.vae_spatial_compression_ratio
     scale = (pipe.vae_temporal_compression_ratio / call.get("frame_rate", 25), spatial, spatial)
     return {
@@ -186,4 +259,4 @@ LTX = Family(
     timetable=_ltx_timetable,
 )
 
-FAMILIES = (WAN, HUNYUAN_VIDEO, MOCHI, LTX)
+FAMILIES = (WAN, WAN_IMAGE, HUNYUAN_VIDEO, MOCHI, LTX)

@@ -4,7 +4,8 @@
 
 s is logit-normal (arXiv:2403.03206, section 3.1), shifted as the scheduler shifts its levels:
 s' = shift s / (1 + (shift - 1) s). Where a schedule keeps some of the sampler's steps dense, a drawn level counts as
-the step whose own level is nearest.
+the step whose own level is nearest. Where a pipeline has two transformers, a level is the lesson of the one that the
+pipeline has at work there.
 """
 
 from __future__ import annotations
@@ -19,21 +20,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from falloff.api import TRANSFORMERS
 from falloff.hosts import standing as seam
 from falloff.session import Position
 from falloff.training.errors import TrainingError
-from falloff.training.families import Family, Text
+from falloff.training.families import Family, Sample
 
 FIXED_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Noise levels of the validation loss, which has to be the same from one time to the next."""
+"""Noise levels of the validation loss, as shares of a transformer's range; the same from one time to the next."""
+FIRST, SECOND = TRANSFORMERS
+"""What pipelines call the transformer of all noise levels, or of the higher, and that of the lower."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """A sampler's noise levels, highest first, and the shift behind them."""
+    """A sampler's noise levels, highest first, the shift behind them, and the level below which the second transformer
+    is at work, if there is one."""
 
     shift: float
     levels: tuple[float, ...]
+    boundary: float = 0.0
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The noise levels of each transformer at work, by the pipeline's name for it."""
+        if not self.boundary:
+            return {FIRST: (0.0, 1.0)}
+        return {FIRST: (self.boundary, 1.0), SECOND: (0.0, self.boundary)}
+
+    def expert(self, level: float) -> str:
+        """The name of the transformer that is at work at a noise level."""
+        return SECOND if level < self.boundary else FIRST
 
     def draw(self, generator: torch.Generator) -> float:
         """A noise level in 0 to 1."""
@@ -70,16 +87,8 @@ def flow_of(pipe: Any, family: Family, steps: int, call: Mapping[str, Any]) -> F
     sigmas = scheduler.sigmas[:steps]
     levels = 1 - sigmas if config.get("invert_sigmas") else sigmas
     shift = config.get("flow_shift") or config.get("shift") or 1.0
-    return Flow(shift=float(shift if dynamic is None else math.exp(dynamic)), levels=tuple(levels.tolist()))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One cached clip: latents as the family makes them, the autoencoder's latent size, and the caption's text."""
-
-    latents: Tensor
-    size: tuple[int, int, int]
-    text: Text
+    shift = float(shift if dynamic is None else math.exp(dynamic))
+    return Flow(shift, tuple(levels.tolist()), family.boundary(pipe))
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,12 @@ class Point:
 
     @property
     def target(self) -> Tensor:
-        """The velocity, noise - x_0."""
-        return self.noise - self.sample.latents
+        """The velocity, noise - x_0, of the frames that are to be denoised."""
+        return self.asked(self.noise - self.sample.latents)
+
+    def asked(self, x: Tensor) -> Tensor:
+        """The frames that are to be denoised."""
+        return x[:, :, self.sample.given :]
 
 
 def point_at(sample: Sample, level: float, generator: torch.Generator) -> Point:
@@ -107,17 +120,18 @@ def point_at(sample: Sample, level: float, generator: torch.Generator) -> Point:
 
 
 def velocity(pipe: Any, family: Family, model: Any, flow: Flow, point: Point, call: Mapping[str, Any]) -> Tensor:
-    """What the transformer takes for noise - x_0, in float32, with its sparse attention as at this noise level.
+    """What the transformer takes for noise - x_0 where it is asked, in float32, with its sparse attention as at this
+    noise level.
 
     Everything goes in as the model's own type, as pipelines hand it over.
     """
     dtype = model.dtype
     level = torch.tensor([point.level], device=point.noise.device)
     text = {name: x.to(dtype) if x.is_floating_point() else x for name, x in point.sample.text.items()}
-    given = {**family.inputs(pipe, point.noised.to(dtype), level, point.sample.size, call), **text}
+    given = {**family.inputs(pipe, point.noised.to(dtype), level, point.sample, call), **text}
     with seam.standing(model, flow.position(point.level)):
         out: Tensor = model(**given, return_dict=False)[0]
-    return family.velocity * out.float()
+    return family.velocity * point.asked(out).float()
 
 
 def flow_loss(velocity: Tensor, point: Point) -> Tensor:
@@ -125,7 +139,8 @@ def flow_loss(velocity: Tensor, point: Point) -> Tensor:
     return mse_loss(velocity, point.target.float())
 
 
-def validation_points(samples: list[Sample], seed: int) -> list[Point]:
-    """The same noise at the same levels, whenever it is asked."""
+def validation_points(samples: list[Sample], flow: Flow, seed: int) -> list[Point]:
+    """The same noise at the same levels of every transformer, whenever it is asked."""
     generator = torch.Generator().manual_seed(seed)
-    return [point_at(sample, level, generator) for sample in samples for level in FIXED_LEVELS]
+    levels = [low + share * (high - low) for low, high in flow.ranges.values() for share in FIXED_LEVELS]
+    return [point_at(sample, level, generator) for sample in samples for level in levels]

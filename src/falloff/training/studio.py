@@ -20,8 +20,8 @@ from falloff.methods.base import Method
 from falloff.recipe import Recipe
 from falloff.schedule import Schedule
 from falloff.training import loop
-from falloff.training.cache import Cache, Size, prepare
-from falloff.training.data import Clip, usable
+from falloff.training.cache import Cache, Size, picture, prepare
+from falloff.training.data import Clip, read_frames, usable
 from falloff.training.errors import TrainingError
 from falloff.training.families import Family, family_of
 from falloff.training.objective import Flow, Point, flow_of, point_at, validation_points, velocity
@@ -111,22 +111,31 @@ class Studio:
         assert at.steps is not None
         return self.manner.schedule.step_reason(at.step, at.steps) is not None
 
-    def velocity(self, model: Any, point: Point) -> Tensor:
-        """What the pipeline's transformer, or a copy of it, takes for noise - x_0."""
+    @property
+    def models(self) -> dict[str, Any]:
+        """The transformers that are trained, by the pipeline's names for them."""
+        return {expert: getattr(self.pipe, expert) for expert in self.flow.ranges}
+
+    def velocity(self, models: Mapping[str, Any], point: Point) -> Tensor:
+        """What the pipeline's transformers, or copies of them, take for noise - x_0."""
+        model = models[self.flow.expert(point.level)]
         return velocity(self.pipe, self.family, model, self.flow, point, self.call)
 
     def validation(self, loss: Callable[[Point], Tensor]) -> dict[str, float]:
-        """The mean loss of the clips kept out, shared between the processes; nothing where there are none."""
+        """The mean loss of the clips kept out, and of two transformers each one's own, shared between the processes;
+        nothing where there are no such clips."""
         device, one = self.accelerator.device, self.accelerator.num_processes
-        points = validation_points([self.cache.sample(index, device) for index in self.exams], self.seed)
+        points = validation_points([self.cache.sample(index, device) for index in self.exams], self.flow, self.seed)
         if not points:
             return {}
-        mine, losses = points[self.accelerator.process_index :: one], []
+        mine, experts = points[self.accelerator.process_index :: one], list(self.flow.ranges)
+        losses = torch.zeros(len(experts), device=device)
         for done, point in enumerate(mine, 1):
-            losses.append(loss(point))
+            losses[experts.index(self.flow.expert(point.level))] += loss(point)
             self.progress("validating", done, len(mine))
-        total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
-        return {"validation": float(self.accelerator.reduce(total, "sum")) / len(points)}
+        means = self.accelerator.reduce(losses, "sum") * len(experts) / len(points)
+        own = dict(zip(experts, means.tolist(), strict=True)) if len(experts) > 1 else {}
+        return {"validation": float(means.mean()), **{f"validation {expert}": mean for expert, mean in own.items()}}
 
     def make_samples(self, step: int) -> None:
         """Videos of captions kept out, written by the main process."""
@@ -134,8 +143,11 @@ class Studio:
             return
         for number, index in enumerate(self.exams[: self.lesson.samples]):
             self.progress("making samples", 0, 0)
+            clip, call = self.clips[index], dict(self.call)
+            if self.family.image is not None:
+                call["image"] = picture(read_frames(clip, 1, self.lesson.size.height, self.lesson.size.width))
             with _moved(self.pipe, self.accelerator.device, back=torch.device("cpu")):
-                made = generate.generate(self.pipe, self.clips[index].caption, seed=self.seed, call_arguments=self.call)
+                made = generate.generate(self.pipe, clip.caption, seed=self.seed, call_arguments=call)
             video.write(self.output / SAMPLES / f"step-{step:06d}-{number}.mp4", made.frames_FHWC, self.fps)
 
     def grid_frames(self, frames: int) -> int:
@@ -152,6 +164,7 @@ class Studio:
             "method settings": self.manner.method.settings(),
             "schedule": asdict(self.manner.schedule),
             "sampler steps": len(self.flow.levels),
+            "boundary": self.flow.boundary or None,
             "clips": self.cache.identity(),
             **asdict(self.lesson),
         }
@@ -164,12 +177,13 @@ class Studio:
             manner = self.manner
             left.enter_context(api.using(self.pipe, manner.method, schedule=manner.schedule, kernel=manner.kernel))
             if self.lesson.checkpointing:
-                left.enter_context(_checkpointing(self.pipe.transformer))
+                for model in self.models.values():
+                    left.enter_context(_checkpointing(model))
             yield
 
     def recipe(self, trained: str, course: loop.Course, branches: str | None = None, **more: Any) -> Recipe:
         """The inference that was trained for."""
-        ((model, layers),) = api.identities(self.pipe)
+        model, layers = api.identities(self.pipe)[0]  # of two, both are alike
         return Recipe(
             model=model,
             layers=layers,
@@ -271,8 +285,9 @@ def _checkpointing(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _moved(pipe: Any, device: torch.device, *, back: torch.device) -> Iterator[None]:
-    """Everything but the transformer on another device for a while."""
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.transformer]
+    """Everything but the transformers on another device for a while."""
+    named = pipe.components.items()
+    parts = [part for name, part in named if isinstance(part, nn.Module) and name not in api.TRANSFORMERS]
     for part in parts:
         part.to(device)
     try:
