@@ -72,8 +72,9 @@ def test_arguments_and_levels_are_those_of_the_pipeline(name: str) -> None:
     encoded(pipe, call)
     text = family.text(pipe, "a fox", {})
     assert len(given) == STEPS
+    sample = Sample(hidden[0], size, text)
     for level, theirs in zip(flow.levels, given, strict=True):
-        ours = {**family.inputs(pipe, theirs["hidden_states"], torch.tensor([level]), Sample(hidden[0], size, text), call), **text}
+        ours = {**family.inputs(pipe, theirs["hidden_states"], torch.tensor([level]), sample, call), **text}
         expected = {key: value for key, value in theirs.items() if value is not None and key != "return_dict"}
         assert set(ours) == set(expected)
         for key, value in ours.items():
