@@ -6,12 +6,13 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
 from torch import Tensor, nn
 
 from falloff import api
@@ -27,6 +28,10 @@ from falloff.training.families import Family, family_of
 from falloff.training.objective import Flow, Point, flow_of, point_at, validation_points, velocity
 
 SAMPLES = "samples"
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one another: a sample is a whole video, made by one while all others wait."""
+ALIKE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Ways to run in which every process has the whole model."""
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is, and of how much."""
 
@@ -252,9 +257,18 @@ def open_studio(
 
 
 def _accelerator(output: Path) -> Accelerator:
-    """With TensorBoard where that is installed."""
+    """With TensorBoard where that is installed. Raises ``TrainingError`` where accelerate is to share the model out."""
     tensorboard = is_tensorboard_available()
-    accelerator = Accelerator(log_with="tensorboard" if tensorboard else None, project_dir=str(output))
+    accelerator = Accelerator(
+        log_with="tensorboard" if tensorboard else None,
+        project_dir=str(output),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if accelerator.distributed_type not in ALIKE:
+        raise TrainingError(
+            f"accelerate was started with {accelerator.distributed_type.value}, and a training here keeps the whole "
+            "model in every process; start it with --multi_gpu, and with --checkpointing where memory is short"
+        )
     if tensorboard:
         accelerator.init_trackers("tensorboard")
     return accelerator
