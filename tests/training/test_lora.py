@@ -256,7 +256,7 @@ def test_a_model_that_is_to_be_shared_out_is_refused(
     """Every process would train all of it, which is not what was asked for."""
     started = SimpleNamespace(distributed_type=DistributedType.FSDP)
     monkeypatch.setattr(studio, "Accelerator", lambda **settings: started)
-    with pytest.raises(TrainingError, match="started with FSDP, .* whole model in every process; .*--multi_gpu"):
+    with pytest.raises(TrainingError, match=r"started with FSDP, .* whole model in every process; .*--multi_gpu"):
         tune(pipe, clips, tmp_path)
 
 
