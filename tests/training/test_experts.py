@@ -17,7 +17,7 @@ from falloff import Recipe, Schedule
 from falloff.training import Course, Lora, Size, Sparse, TrainingError, train_lora, train_sparse
 from falloff.training.adapter import RECIPE, SECOND_WEIGHTS, WEIGHTS, loaded
 from falloff.training.families import family_of
-from falloff.training.objective import FIRST, SECOND, Flow, flow_of
+from falloff.training.noising import FIRST, SECOND, Flow, noising_of
 from falloff.training.sparse import BRANCHES
 
 SIZE = Size(frames=9, height=32, width=32)
@@ -63,12 +63,12 @@ def test_a_level_is_the_lesson_of_the_expert_that_the_pipeline_has_at_work(pipe:
         getattr(pipe, name).register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
     size = {"num_frames": 9, "height": 32, "width": 32}
     pipe("a fox", num_inference_steps=12, max_sequence_length=8, guidance_scale=1.0, output_type="latent", **size)
-    flow = flow_of(pipe, family_of(pipe), 12, size)
-    assert [flow.expert(level) for level in flow.levels] == ran
+    noising = noising_of(pipe, family_of(pipe), 12, size)
+    assert [noising.expert(level) for level in noising.levels] == ran
     assert set(ran) == {FIRST, SECOND}
-    assert flow.expert(BOUNDARY) == FIRST
-    assert flow.ranges == {FIRST: (BOUNDARY, 1.0), SECOND: (0.0, BOUNDARY)}
-    assert Flow(1.0, (1.0,)).ranges == {FIRST: (0.0, 1.0)}
+    assert noising.expert(BOUNDARY) == FIRST
+    assert noising.ranges == {FIRST: (BOUNDARY, 1.0), SECOND: (0.0, BOUNDARY)}
+    assert Flow(shift=1.0, levels=(1.0,)).ranges == {FIRST: (0.0, 1.0)}
 
 
 def test_the_pipeline_loads_both_by_its_own_loader(pipe: Any, trained: tuple[Path, np.ndarray]) -> None:

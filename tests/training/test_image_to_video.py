@@ -18,7 +18,8 @@ from falloff.training.adapter import SECOND_WEIGHTS, WEIGHTS
 from falloff.training.cache import picture, prepare
 from falloff.training.data import read_frames, usable
 from falloff.training.families import Sample, family_of
-from falloff.training.objective import flow_loss, flow_of, point_at, velocity
+from falloff.training.noising import noising_of
+from falloff.training.objective import flow_loss, point_at, velocity
 
 CPU = torch.device("cpu")
 SIZE = Size(frames=9, height=32, width=32)
@@ -56,11 +57,11 @@ def run(pipe: Any, image: Any, latents: Tensor) -> tuple[list[dict[str, Any]], T
 def test_arguments_are_those_of_the_pipeline(pipe: Any, clips: Path, tmp_path: Path) -> None:
     sample, image = clip_sample(pipe, clips, tmp_path)
     family = family_of(pipe)
-    flow = flow_of(pipe, family, STEPS, CALL)
+    noising = noising_of(pipe, family, STEPS, CALL)
     noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(0))
     given, _ = run(pipe, image, noise)
     assert len(given) == STEPS
-    for level, theirs in zip(flow.levels, given, strict=True):
+    for level, theirs in zip(noising.levels, given, strict=True):
         latents = theirs["hidden_states"][:, :16]
         ours = {**family.inputs(pipe, latents, torch.tensor([level]), sample, CALL), **sample.text}
         expected = {key: value for key, value in theirs.items() if value is not None and key != "return_dict"}
@@ -75,7 +76,8 @@ def test_the_velocity_leads_the_pipeline_to_the_clip(pipe: Any, clips: Path, tmp
     """Where the pipeline denoises; the frame that the picture is given for is never asked about."""
     sample, image = clip_sample(pipe, clips, tmp_path)
     family = family_of(pipe)
-    point = point_at(sample, 1.0, torch.Generator().manual_seed(0))
+    noising = noising_of(pipe, family, STEPS, CALL)
+    point = point_at(sample, noising, 1.0, torch.Generator().manual_seed(0))
     models = [model for model in (pipe.transformer, pipe.transformer_2) if model is not None]
     for model in models:
         model.forward = lambda **kwargs: (point.noise - sample.latents,)
@@ -84,10 +86,9 @@ def test_the_velocity_leads_the_pipeline_to_the_clip(pipe: Any, clips: Path, tmp
     assert sample.given == bool(pipe.config.expand_timesteps)
     wrong = (point.noise - sample.latents).clone()
     wrong[:, :, : sample.given] += 100
-    flow = flow_of(pipe, family, STEPS, CALL)
     for model in models:
         model.forward = lambda **kwargs: (wrong,)
-        assert flow_loss(velocity(pipe, family, model, flow, point, CALL), point) == 0
+        assert flow_loss(velocity(pipe, family, model, point, CALL), point) == 0
 
 
 def losses(folder: Path) -> list[float]:

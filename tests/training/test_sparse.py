@@ -15,7 +15,7 @@ from falloff import Recipe, Schedule
 from falloff.training import Course, Size, Sparse, TrainingError, train_lora, train_sparse
 from falloff.training.adapter import RECIPE, WEIGHTS
 from falloff.training.lora import Lora
-from falloff.training.objective import FIRST
+from falloff.training.noising import FIRST
 from falloff.training.sparse import BRANCHES, eased
 
 SIZE = Size(frames=9, height=32, width=32)

@@ -14,7 +14,7 @@ from falloff.hosts import host_for
 from falloff.recipe import Recipe, RecipeError
 from falloff.training.errors import TrainingError
 from falloff.training.length import riflex
-from falloff.training.objective import FIRST, SECOND
+from falloff.training.noising import FIRST, SECOND
 
 NAME = "falloff"
 WEIGHTS, SECOND_WEIGHTS, RECIPE = (

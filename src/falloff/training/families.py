@@ -1,7 +1,7 @@
 """How each family of pipelines trains: what its transformer is given, and what it is to put out for a noised latent.
 
-All of them flow in straight lines, x_s = (1 - s) x_0 + s noise for the noise level s in 0 to 1, and differ in how
-latents are normalised, how text goes in, how s is told, and in the sign of the velocity. Every file of diffusers'
+They differ in how latents are normalised, how text goes in, how the noise level s in 0 to 1 is told, in the sign of the
+velocity, and in the path that leads from the clip to noise. Every file of diffusers'
 pipelines does this backwards; tests hold the arguments made here against those a pipeline makes.
 """
 
@@ -47,11 +47,12 @@ class Family:
 
     latents: from the autoencoder's [1, C, F, H, W], as the pipeline denoises them, any shape that begins with 1. text:
     of a caption. inputs: arguments of the transformer's forward but the text's, for noised latents, the noise level [1]
-    and the clip that they are of. velocity: +1 when the transformer puts out noise - x_0, -1 for x_0 - noise.
-    timetable: what the pipeline gives its scheduler for a number of steps. image: what the pipeline makes of the
-    picture that a video of this call begins with, where it takes one. given: how many latent frames it takes from
-    that picture, and does not denoise. boundary: the noise level below which a second transformer is at work, or 0.
-    refuse: why a pipeline of the family cannot be trained, if it cannot.
+    and the clip that they are of. velocity: +1 when the transformer puts out the velocity towards noise, -1 for that
+    towards the clip. timetable: what the pipeline gives its scheduler for a number of steps. image: what the pipeline
+    makes of the picture that a video of this call begins with, where it takes one. given: how many latent frames it
+    takes from that picture, and does not denoise. boundary: the noise level below which a second transformer is at
+    work, or 0. diffuses: whether the family is trained by diffusion rather than flow matching. refuse: why a pipeline
+    of the family cannot be trained, if it cannot.
     """
 
     pipelines: tuple[str, ...]
@@ -64,6 +65,7 @@ class Family:
     image: Callable[[Any, Image, Call], Text] | None = None
     given: Callable[[Any], int] = lambda pipe: 0
     boundary: Callable[[Any], float] = lambda pipe: 0.0
+    diffuses: bool = False
     refuse: Callable[[Any], str | None] = lambda pipe: None
 
 
@@ -259,4 +261,37 @@ LTX = Family(
     timetable=_ltx_timetable,
 )
 
-FAMILIES = (WAN, WAN_IMAGE, HUNYUAN_VIDEO, MOCHI, LTX)
+
+def _cogvideox_latents(pipe: Any, latents: Tensor) -> Tensor:
+    """Frames before channels; where frames are patched too, the first is repeated until they can be."""
+    scaled = (latents * pipe.vae.config.scaling_factor).transpose(1, 2)
+    more = -scaled.shape[1] % (pipe.transformer.config.get("patch_size_t") or 1)
+    return torch.cat([*[scaled[:, :1]] * more, scaled], dim=1)
+
+
+def _cogvideox_text(pipe: Any, caption: str, call: Call) -> Text:
+    length = call.get("max_sequence_length", 226)
+    embeds, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"encoder_hidden_states": embeds}
+
+
+def _cogvideox_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: Call) -> dict[str, Any]:
+    """The step of the scheduler's table is told, and the positions where they are not learned."""
+    last = pipe.scheduler.config.num_train_timesteps - 1
+    inputs = {"hidden_states": noised, "timestep": (last * level).round().long()}
+    if pipe.transformer.config.use_rotary_positional_embeddings:
+        positions = pipe._prepare_rotary_positional_embeddings
+        inputs["image_rotary_emb"] = positions(call["height"], call["width"], noised.shape[1], noised.device)
+    return inputs
+
+
+COGVIDEOX = Family(
+    pipelines=("CogVideoXPipeline",),
+    temporal=lambda pipe: int(pipe.vae_scale_factor_temporal),
+    latents=_cogvideox_latents,
+    text=_cogvideox_text,
+    inputs=_cogvideox_inputs,
+    diffuses=True,
+)
+
+FAMILIES = (WAN, WAN_IMAGE, HUNYUAN_VIDEO, MOCHI, LTX, COGVIDEOX)

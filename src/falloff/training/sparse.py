@@ -34,7 +34,8 @@ from falloff.training import adapter, loop
 from falloff.training.errors import TrainingError
 from falloff.training.families import family_of
 from falloff.training.loop import Course
-from falloff.training.objective import FIRST, Point, flow_loss
+from falloff.training.noising import FIRST
+from falloff.training.objective import Point, flow_loss
 from falloff.training.studio import Lesson, Manner, Progress, Studio, open_studio
 
 BRANCHES = "branches.safetensors"
@@ -112,7 +113,7 @@ def train_sparse(
     }
 
     def loss_at(point: Point) -> Tensor:
-        expert = studio.flow.expert(point.level)
+        expert = studio.noising.expert(point.level)
         if sparse.aim == "output":
             return output_error(models[expert], lambda: studio.velocity(models, point))
         if sparse.aim == "flow":

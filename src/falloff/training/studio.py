@@ -25,7 +25,8 @@ from falloff.training.cache import Cache, Size, picture, prepare
 from falloff.training.data import Clip, read_frames, usable
 from falloff.training.errors import TrainingError
 from falloff.training.families import Family, family_of
-from falloff.training.objective import Flow, Point, flow_of, point_at, validation_points, velocity
+from falloff.training.noising import Noising, noising_of
+from falloff.training.objective import Point, point_at, validation_points, velocity
 
 SAMPLES = "samples"
 PATIENCE = timedelta(days=1)
@@ -84,7 +85,7 @@ class Studio:
 
     pipe: Any
     family: Family
-    flow: Flow
+    noising: Noising
     manner: Manner
     lesson: Lesson
     call: Mapping[str, Any]
@@ -105,13 +106,13 @@ class Studio:
         captioned = bool(torch.rand((), generator=generator) >= self.lesson.uncaptioned)
         index = self.lessons[loop.drawn(number, len(self.lessons), self.seed)]
         sample = self.cache.sample(index, self.accelerator.device, captioned=captioned)
-        level = self.flow.draw(generator)
+        level = self.noising.draw(generator)
         while planned and self._stays_dense(level):
-            level = self.flow.draw(generator)
-        return point_at(sample, level, generator)
+            level = self.noising.draw(generator)
+        return point_at(sample, self.noising, level, generator)
 
     def _stays_dense(self, level: float) -> bool:
-        at = self.flow.position(level)
+        at = self.noising.position(level)
         assert at.step is not None
         assert at.steps is not None
         return self.manner.schedule.step_reason(at.step, at.steps) is not None
@@ -119,24 +120,24 @@ class Studio:
     @property
     def models(self) -> dict[str, Any]:
         """The transformers that are trained, by the pipeline's names for them."""
-        return {expert: getattr(self.pipe, expert) for expert in self.flow.ranges}
+        return {expert: getattr(self.pipe, expert) for expert in self.noising.ranges}
 
     def velocity(self, models: Mapping[str, Any], point: Point) -> Tensor:
-        """What the pipeline's transformers, or copies of them, take for noise - x_0."""
-        model = models[self.flow.expert(point.level)]
-        return velocity(self.pipe, self.family, model, self.flow, point, self.call)
+        """What the pipeline's transformers, or copies of them, take for the velocity."""
+        model = models[self.noising.expert(point.level)]
+        return velocity(self.pipe, self.family, model, point, self.call)
 
     def validation(self, loss: Callable[[Point], Tensor]) -> dict[str, float]:
         """The mean loss of the clips kept out, and of two transformers each one's own, shared between the processes;
         nothing where there are no such clips."""
         device, one = self.accelerator.device, self.accelerator.num_processes
-        points = validation_points([self.cache.sample(index, device) for index in self.exams], self.flow, self.seed)
+        points = validation_points([self.cache.sample(index, device) for index in self.exams], self.noising, self.seed)
         if not points:
             return {}
-        mine, experts = points[self.accelerator.process_index :: one], list(self.flow.ranges)
+        mine, experts = points[self.accelerator.process_index :: one], list(self.noising.ranges)
         losses = torch.zeros(len(experts), device=device)
         for done, point in enumerate(mine, 1):
-            losses[experts.index(self.flow.expert(point.level))] += loss(point)
+            losses[experts.index(self.noising.expert(point.level))] += loss(point)
             self.progress("validating", done, len(mine))
         means = self.accelerator.reduce(losses, "sum") * len(experts) / len(points)
         own = dict(zip(experts, means.tolist(), strict=True)) if len(experts) > 1 else {}
@@ -168,8 +169,8 @@ class Studio:
             "method": self.manner.method.name,
             "method settings": self.manner.method.settings(),
             "schedule": asdict(self.manner.schedule),
-            "sampler steps": len(self.flow.levels),
-            "boundary": self.flow.boundary or None,
+            "sampler steps": len(self.noising.levels),
+            "boundary": self.noising.boundary or None,
             "clips": self.cache.identity(),
             **asdict(self.lesson),
         }
@@ -220,7 +221,7 @@ def open_studio(
     family = family_of(pipe)
     size = {"num_frames": lesson.size.frames, "height": lesson.size.height, "width": lesson.size.width}
     call = {**call, **size}
-    flow = flow_of(pipe, family, generate.steps(pipe, call), call)
+    noising = noising_of(pipe, family, generate.steps(pipe, call), call)
     clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
     lessons, exams = _split(len(clips), lesson.validation, seed)
     (output / SAMPLES).mkdir(parents=True, exist_ok=True)
@@ -240,7 +241,7 @@ def open_studio(
     return Studio(
         pipe=pipe,
         family=family,
-        flow=flow,
+        noising=noising,
         manner=manner,
         lesson=lesson,
         call=call,
