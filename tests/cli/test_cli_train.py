@@ -132,6 +132,20 @@ def test_image_to_video_is_trained_and_told_how_to_be_used(falloff, clips: Path,
     assert "falloff generate" not in done.out
 
 
+def test_a_model_tells_its_size_where_the_pipeline_does_not(falloff, clips: Path, tmp_path: Path) -> None:
+    from tiny_cogvideox import cogvideox
+
+    cogvideox().save_pretrained(tmp_path / "model")
+    steps = ("--inference-steps", 2, "--samples", 0)
+    done = falloff(
+        *("train", "lora", clips, "--model", tmp_path / "model", *METHOD, *COMMON, *steps, "--output", tmp_path / "out")
+    )
+    assert done.code == 0, done.err
+    recipe = (tmp_path / "out" / "recipe.yaml").read_text()
+    for told in ("frames: 5", "height: 32", "width: 32", "trained_grid_frames: 3"):
+        assert told in recipe
+
+
 def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: Path) -> None:
     done = falloff(
         *("train", "sparse", clips, "--model", checkpoint, "--set", "density=0.5", "--set", "q_block=4"),

@@ -12,7 +12,7 @@ from falloff import Schedule
 from falloff.session import Position
 from falloff.training import TrainingError
 from falloff.training.families import Sample, family_of
-from falloff.training.noising import Flow, noising_of
+from falloff.training.noising import Diffusion, Flow, noising_of
 from falloff.training.objective import flow_loss, point_at, validation_points, velocity
 
 SIZE = (3, 8, 8)
@@ -63,6 +63,20 @@ def test_drawn_levels_follow_the_shift() -> None:
     drawn = sorted(Flow(shift=5.0, levels=(1.0,)).draw(generator) for _ in range(2001))
     assert drawn[1000] == pytest.approx(5 / 6, abs=0.01)  # the median of the logit-normal, 1/2, shifted
     assert 0 < drawn[0] < drawn[-1] < 1
+
+
+def test_a_diffusion_is_the_schedulers() -> None:
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    noising = Diffusion(alphas=tuple(scheduler.alphas_cumprod.tolist()), levels=(1.0,))
+    clean, generator = sample(), torch.Generator().manual_seed(1)
+    drawn = [noising.draw(generator) for _ in range(2000)]
+    assert sum(drawn) / 2000 == pytest.approx(0.5, abs=0.02)
+    assert 0 <= min(drawn) < 0.01
+    assert 0.99 < max(drawn) <= 1
+    for level in (0.0, drawn[0], 1.0):
+        point, t = point_at(clean, noising, level, generator), torch.tensor([round(999 * level)])
+        torch.testing.assert_close(point.noised, scheduler.add_noise(clean.latents, point.noise, t).float())
+        torch.testing.assert_close(point.target, scheduler.get_velocity(clean.latents, point.noise, t).float())
 
 
 def test_what_follows_no_straight_flow_is_refused() -> None:

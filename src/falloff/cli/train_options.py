@@ -156,12 +156,15 @@ def precision_of(text: str | None) -> Any:
 
 
 def _size(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
-    """Frames, height and width of a pipeline call, by the pipeline's own defaults where it has some."""
+    """Frames, height and width of a pipeline call, by the defaults of the pipeline or, as CogVideoX has them, of its
+    transformer."""
     from falloff.evaluation import generate
 
+    config, spatial = pipe.transformer.config, getattr(pipe, "vae_scale_factor_spatial", 1)
+    sizes = (("num_frames", "frames", 1), ("height", "height", spatial), ("width", "width", spatial))
     found = {}
-    for name, label in (("num_frames", "frames"), ("height", "height"), ("width", "width")):
-        value = call.get(name) or generate.default(pipe, name)
+    for name, label, scale in sizes:
+        value = call.get(name) or generate.default(pipe, name) or scale * config.get(f"sample_{label}", 0) or None
         if not isinstance(value, int):
             raise CommandError(f"{type(pipe).__name__} has no size of its own; give --{label}", USAGE)
         found[label] = value

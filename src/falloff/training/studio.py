@@ -158,9 +158,11 @@ class Studio:
 
     def grid_frames(self, frames: int) -> int:
         """Frames of the transformer's grid for a number of video frames."""
-        patch = self.pipe.transformer.config.get("patch_size", 1)
+        config = self.pipe.transformer.config
+        patch = config.get("patch_size", 1)
+        patched = patch[0] if isinstance(patch, list | tuple) else config.get("patch_size_t") or 1
         latent = (frames - 1) // self.family.temporal(self.pipe) + 1
-        return int(latent // (patch[0] if isinstance(patch, list | tuple) else 1))
+        return -(-latent // int(patched))
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same when a training goes on."""
