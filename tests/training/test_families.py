@@ -17,17 +17,18 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1]))
 from hosts.test_pipelines import RUNS, Part
 from hosts.test_pipelines import pipeline as tiny_pipeline
-from tiny import TEXT, Frames, t2v
+from tiny import TEXT, Frames, scheduler, t2v
 
 import falloff
 from falloff.training import TrainingError, adapter
-from falloff.training.families import Sample, family_of
+from falloff.training.families import family_of
+from falloff.training.family import Sample
 from falloff.training.noising import Noising, noising_of
 from falloff.training.objective import point_at, velocity
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi asks for float32, which the CPU has anyway
 STEPS = 4
-NAMES = ("Wan", "HunyuanVideo", "Mochi", "LTX", "CogVideoX", "CogVideoX 1.5")
+NAMES = ("Wan", "SkyReels-V2", "HunyuanVideo", "Mochi", "LTX", "CogVideoX", "CogVideoX 1.5")
 DIFFUSION = CogVideoXDDIMScheduler(
     prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
 )
@@ -45,6 +46,8 @@ def pipe_and_call(name: str) -> tuple[Any, dict[str, Any]]:
     pipe = tiny_pipeline(name)
     if name.startswith("CogVideoX"):
         pipe.scheduler = copy.deepcopy(DIFFUSION)
+    if name == "SkyReels-V2":
+        pipe.scheduler = scheduler("euler")  # its own tells whole timesteps
     return pipe, {**kept, "guidance_scale": 6.0 if name == "HunyuanVideo" else 1.0}
 
 
@@ -143,7 +146,7 @@ class Decoding(Exception):
 
 def statistics(name: str, channels: int) -> dict[str, Any]:
     """Mochi's pipeline reads statistics for 12 channels only, which the tiny one has not."""
-    if name not in ("Wan", "LTX"):
+    if name not in ("Wan", "SkyReels-V2", "LTX"):
         return {"latents_mean": None, "latents_std": None}
     mean, std = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
     return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}

@@ -1,7 +1,6 @@
 """Pipelines that begin with a picture are trained from a clip's first, as they prepare it themselves."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from falloff.training import Course, Lora, Size, train_lora
 from falloff.training.adapter import SECOND_WEIGHTS, WEIGHTS
 from falloff.training.cache import picture, prepare
 from falloff.training.data import read_frames, usable
-from falloff.training.families import Sample, family_of
+from falloff.training.families import family_of
+from falloff.training.family import Sample
 from falloff.training.noising import noising_of
 from falloff.training.objective import flow_loss, point_at, velocity
 
@@ -39,10 +39,15 @@ def clip_sample(pipe: Any, clips: Path, folder: Path) -> tuple[Sample, Any]:
     return sample, picture(read_frames(found[0], 9, 32, 32))
 
 
+def transformers(pipe: Any) -> list[Any]:
+    found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return [model for model in found if model is not None]
+
+
 def run(pipe: Any, image: Any, latents: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
     """What a pipeline gives to its transformers, step by step, and its latents at the end."""
     given: list[dict[str, Any]] = []
-    models = [model for model in (pipe.transformer, pipe.transformer_2) if model is not None]
+    models = transformers(pipe)
     handles = [
         model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
         for model in models
@@ -78,12 +83,12 @@ def test_the_velocity_leads_the_pipeline_to_the_clip(pipe: Any, clips: Path, tmp
     family = family_of(pipe)
     noising = noising_of(pipe, family, STEPS, CALL)
     point = point_at(sample, noising, 1.0, torch.Generator().manual_seed(0))
-    models = [model for model in (pipe.transformer, pipe.transformer_2) if model is not None]
+    models = transformers(pipe)
     for model in models:
         model.forward = lambda **kwargs: (point.noise - sample.latents,)
     _, out = run(pipe, image, point.noise)
     torch.testing.assert_close(out[:, :, sample.given :], sample.latents[:, :, sample.given :], atol=2e-3, rtol=1e-3)
-    assert sample.given == bool(pipe.config.expand_timesteps)
+    assert sample.given == bool(pipe.config.get("expand_timesteps"))
     wrong = (point.noise - sample.latents).clone()
     wrong[:, :, : sample.given] += 100
     for model in models:
@@ -117,7 +122,7 @@ def test_a_lora_is_trained_and_goes_on_bit_for_bit(pipe: Any, clips: Path, tmp_p
         tune("cut", progress=stop)
     tune("cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    files = (WEIGHTS, SECOND_WEIGHTS) if pipe.transformer_2 is not None else (WEIGHTS,)
+    files = (WEIGHTS, SECOND_WEIGHTS)[: len(transformers(pipe))]
     for file in files:
         ours, theirs = load_file(tmp_path / "cut" / file), load_file(tmp_path / "whole" / file)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -127,9 +132,8 @@ def test_a_lora_is_trained_and_goes_on_bit_for_bit(pipe: Any, clips: Path, tmp_p
 
 def test_what_the_image_becomes_is_kept_for_each_kind(clips: Path, tmp_path: Path) -> None:
     """The same files in the same folder, for pipelines that differ in nothing but the image's place."""
-    inside = image_to_video("2.2 5B")
-    sample, _ = clip_sample(inside, clips, tmp_path)
-    assert sample.image["condition"].shape == (1, 16, 1, 4, 4)
+    inside, _ = clip_sample(image_to_video("2.2 5B"), clips, tmp_path)
+    assert inside.image["condition"].shape == (1, 16, 1, 4, 4)
     beside, _ = clip_sample(image_to_video("2.2"), clips, tmp_path)
     assert beside.image["condition"].shape == (1, 20, 3, 4, 4)
-    assert replace(beside, image={}).given == 0
+    assert (inside.given, beside.given) == (1, 0)

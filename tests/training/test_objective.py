@@ -11,7 +11,8 @@ import falloff
 from falloff import Schedule
 from falloff.session import Position
 from falloff.training import TrainingError
-from falloff.training.families import Sample, family_of
+from falloff.training.families import family_of
+from falloff.training.family import Sample
 from falloff.training.noising import Diffusion, Flow, noising_of
 from falloff.training.objective import flow_loss, point_at, validation_points, velocity
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Transformer3DModel,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from worded import pipeline
 
 BOUNDARY = 0.75
-IMAGES = ("2.1", "2.2", "2.2 5B")
-"""The kinds of image to video: with a second view of the image by CLIP, with two experts, and in place of a frame."""
+IMAGES = ("2.1", "2.2", "2.2 5B", "SkyReels-V2")
+"""The kinds of image to video: with a second view of the image by CLIP, with two experts, in place of a frame, and
+another model like the first."""
 
 
 def experts() -> WanPipeline:
@@ -21,8 +28,14 @@ def experts() -> WanPipeline:
     return _quiet(WanPipeline(**{**parts, **second}))
 
 
-def image_to_video(kind: str) -> WanImageToVideoPipeline:
+def image_to_video(kind: str) -> Any:
     parts = pipeline().components
+    if kind == "SkyReels-V2":
+        known = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
+        config = {**known, "in_channels": 36, "image_dim": 12}
+        own = {"transformer": SkyReelsV2Transformer3DModel.from_config(config).eval(), **_clip()}
+        taken = {name: part for name, part in {**parts, **own}.items() if name != "transformer_2"}
+        return _quiet(SkyReelsV2ImageToVideoPipeline(**taken))
     if kind == "2.1":
         more = {"transformer": _transformer(parts, in_channels=36, image_dim=12), **_clip()}
     elif kind == "2.2":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from falloff.evaluation import files
 from falloff.training.data import Clip, Fault, read_frames, refuse, words
-from falloff.training.families import Family, Sample
+from falloff.training.family import Family, Sample
 
 FORMAT = 1
 """Raised when the content of a file changes its meaning."""

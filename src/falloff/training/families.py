@@ -7,8 +7,7 @@ pipelines does this backwards; tests hold the arguments made here against those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,79 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from falloff.training.errors import TrainingError
-
-Text = dict[str, Tensor]
-"""Everything of a forward's arguments that comes from the caption."""
-Call = Mapping[str, Any]
-"""Arguments of the pipeline call that is trained for."""
-Size = tuple[int, int, int]
-"""Of the autoencoder's latents: frames, height, width."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One clip: latents as the family makes them, the autoencoder's latent size, and the caption's text.
-
-    image: what a pipeline that begins with a picture makes of the clip's first. given: how many latent frames the
-    pipeline takes from that picture, and does not denoise.
-    """
-
-    latents: Tensor
-    size: Size
-    text: Text
-    image: Text = field(default_factory=dict)
-    given: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """``temporal``: video frames of one latent frame.
-
-    latents: from the autoencoder's [1, C, F, H, W], as the pipeline denoises them, any shape that begins with 1. text:
-    of a caption. inputs: arguments of the transformer's forward but the text's, for noised latents, the noise level [1]
-    and the clip that they are of. velocity: +1 when the transformer puts out the velocity towards noise, -1 for that
-    towards the clip. timetable: what the pipeline gives its scheduler for a number of steps. image: what the pipeline
-    makes of the picture that a video of this call begins with, where it takes one. given: how many latent frames it
-    takes from that picture, and does not denoise. boundary: the noise level below which a second transformer is at
-    work, or 0. diffuses: whether the family is trained by diffusion rather than flow matching. refuse: why a pipeline
-    of the family cannot be trained, if it cannot.
-    """
-
-    pipelines: tuple[str, ...]
-    temporal: Callable[[Any], int]
-    latents: Callable[[Any, Tensor], Tensor]
-    text: Callable[[Any, str, Call], Text]
-    inputs: Callable[[Any, Tensor, Tensor, Sample, Call], dict[str, Any]]
-    velocity: int = 1
-    timetable: Callable[[Any, int, Call], dict[str, Any]] = lambda pipe, steps, call: {"num_inference_steps": steps}
-    image: Callable[[Any, Image, Call], Text] | None = None
-    given: Callable[[Any], int] = lambda pipe: 0
-    boundary: Callable[[Any], float] = lambda pipe: 0.0
-    diffuses: bool = False
-    refuse: Callable[[Any], str | None] = lambda pipe: None
-
-
-def family_of(pipe: Any) -> Family:
-    """Raises ``TrainingError`` for a pipeline that cannot be trained here, with the reason."""
-    name = type(pipe).__name__
-    for family in FAMILIES:
-        if name in family.pipelines:
-            if (reason := family.refuse(pipe)) is not None:
-                raise TrainingError(f"this {name} cannot be trained: {reason}")
-            return family
-    known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
-    raise TrainingError(f"{name} cannot be trained here; the pipelines that can are {known}")
-
-
-def normalised(latents: Tensor, config: Any, scale: float = 1.0) -> Tensor:
-    """(latents - mean) / std of every channel, times ``scale``; without statistics of the autoencoder only that."""
-    if config.get("latents_mean") is None or config.get("latents_std") is None:
-        return latents * scale
-    mean, std = (
-        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-        for values in (config["latents_mean"], config["latents_std"])
-    )
-    return (latents - mean) / std * scale
+from falloff.training.family import Call, Family, Sample, Text, normalised
 
 
 def _wan_text(pipe: Any, caption: str, call: Call) -> Text:
@@ -111,7 +38,7 @@ def _wan_refuse(pipe: Any) -> str | None:
 
 
 WAN = Family(
-    pipelines=("WanPipeline",),
+    pipelines=("WanPipeline", "SkyReelsV2Pipeline"),
     temporal=lambda pipe: int(pipe.vae_scale_factor_temporal),
     latents=lambda pipe, latents: normalised(latents, pipe.vae.config),
     text=_wan_text,
@@ -159,7 +86,7 @@ def _wan_image_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, 
 
 WAN_IMAGE = replace(
     WAN,
-    pipelines=("WanImageToVideoPipeline",),
+    pipelines=("WanImageToVideoPipeline", "SkyReelsV2ImageToVideoPipeline"),
     inputs=_wan_image_inputs,
     image=_wan_image,
     given=lambda pipe: int(bool(pipe.config.get("expand_timesteps"))),
@@ -295,3 +222,15 @@ COGVIDEOX = Family(
 )
 
 FAMILIES = (WAN, WAN_IMAGE, HUNYUAN_VIDEO, MOCHI, LTX, COGVIDEOX)
+
+
+def family_of(pipe: Any) -> Family:
+    """Raises ``TrainingError`` for a pipeline that cannot be trained here, with the reason."""
+    name = type(pipe).__name__
+    for family in FAMILIES:
+        if name in family.pipelines:
+            if (reason := family.refuse(pipe)) is not None:
+                raise TrainingError(f"this {name} cannot be trained: {reason}")
+            return family
+    known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
+    raise TrainingError(f"{name} cannot be trained here; the pipelines that can are {known}")

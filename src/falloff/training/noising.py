@@ -27,7 +27,7 @@ import torch
 from falloff.api import TRANSFORMERS
 from falloff.session import Position
 from falloff.training.errors import TrainingError
-from falloff.training.families import Family
+from falloff.training.family import Family
 
 FIRST, SECOND = TRANSFORMERS
 """What pipelines call the transformer of all noise levels, or of the higher, and that of the lower."""

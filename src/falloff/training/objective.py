@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from falloff.hosts import standing as seam
-from falloff.training.families import Family, Sample
+from falloff.training.family import Family, Sample
 from falloff.training.noising import Noising, Weights
 
 FIXED_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)

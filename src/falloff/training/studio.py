@@ -24,7 +24,8 @@ from falloff.training import loop
 from falloff.training.cache import Cache, Size, picture, prepare
 from falloff.training.data import Clip, read_frames, usable
 from falloff.training.errors import TrainingError
-from falloff.training.families import Family, family_of
+from falloff.training.families import family_of
+from falloff.training.family import Family
 from falloff.training.noising import Noising, noising_of
 from falloff.training.objective import Point, point_at, validation_points, velocity
 
