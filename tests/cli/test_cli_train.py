@@ -112,11 +112,11 @@ def on_two_processes(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def saved(kind: str, folder: Path) -> None:
-    """A checkpoint of ``wan_pipes``."""
-    import wan_pipes
+    """A checkpoint of ``worded_pipes``."""
+    import worded_pipes
     from worded import SIZE
 
-    made = wan_pipes.experts() if kind == "experts" else wan_pipes.image_to_video(kind)
+    made = worded_pipes.experts() if kind == "experts" else worded_pipes.image_to_video(kind)
     made.save_pretrained(folder)
     (folder / "generation.json").write_text(json.dumps({**SIZE, "fps": 8}))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from wan_pipes import BOUNDARY, experts
+from worded_pipes import BOUNDARY, experts
 
 import falloff
 from falloff import Recipe, Schedule

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -28,7 +29,7 @@ from falloff.training.objective import point_at, velocity
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi asks for float32, which the CPU has anyway
 STEPS = 4
-NAMES = ("Wan", "SkyReels-V2", "HunyuanVideo", "Mochi", "LTX", "CogVideoX", "CogVideoX 1.5")
+NAMES = ("Wan", "SkyReels-V2", "HunyuanVideo", "Mochi", "LTX", "CogVideoX", "CogVideoX 1.5", "Kandinsky 5")
 DIFFUSION = CogVideoXDDIMScheduler(
     prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
 )
@@ -51,13 +52,13 @@ def pipe_and_call(name: str) -> tuple[Any, dict[str, Any]]:
     return pipe, {**kept, "guidance_scale": 6.0 if name == "HunyuanVideo" else 1.0}
 
 
-def answers(noising: Noising, sign: int, clean: Tensor, noise: Tensor) -> Callable[..., tuple[Tensor]]:
+def answers(noising: Noising, sign: int, clean: Tensor, noise: Tensor) -> Callable[..., Any]:
     """A forward that puts out the target at every one of the sampler's levels, one after the other."""
     aims = iter([noising.aim(level) for level in noising.levels])
 
-    def forward(**kwargs: Any) -> tuple[Tensor]:
+    def forward(**kwargs: Any) -> Any:
         of_clean, of_noise = next(aims)
-        return (sign * (of_clean * clean + of_noise * noise),)
+        return Transformer2DModelOutput(sample=sign * (of_clean * clean + of_noise * noise))
 
     return forward
 
@@ -66,9 +67,11 @@ def recorded(name: str) -> tuple[Any, dict[str, Any], list[dict[str, Any]], list
     """A pipeline, its call, and what its transformer was given and what latents there were, step by step."""
     pipe, call = pipe_and_call(name)
     given: list[dict[str, Any]] = []
-    handle = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(dict(kwargs)), with_kwargs=True
-    )
+
+    def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        given.append({**kwargs, "hidden_states": kwargs["hidden_states"].clone()})  # Kandinsky's goes on in place
+
+    handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     pipe(**call, num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(1))
     handle.remove()
     return pipe, call, given, [each["hidden_states"] for each in given]
@@ -77,12 +80,17 @@ def recorded(name: str) -> tuple[Any, dict[str, Any], list[dict[str, Any]], list
 def encoded(pipe: Any, call: dict[str, Any]) -> None:
     """``encode_prompt`` hands on the embeddings of the call, in its own order, instead of running text encoders."""
     embeds = {key: value for key, value in call.items() if "prompt" in key}
+    if "prompt_cu_seqlens" in embeds:  # Kandinsky's takes none
+        pipe.encode_prompt = lambda caption, max_sequence_length: tuple(embeds.values())
+        return
     pipe.encode_prompt = partial(pipe.encode_prompt, **embeds)
 
 
 def latent_size(name: str, pipe: Any, hidden: Tensor, call: dict[str, Any]) -> tuple[int, int, int]:
     if name.startswith("CogVideoX"):
         return hidden.shape[1], *hidden.shape[3:]
+    if name == "Kandinsky 5":
+        return tuple(hidden.shape[1:4])
     if name != "LTX":
         return tuple(hidden.shape[2:])
     spatial = pipe.vae_spatial_compression_ratio
@@ -105,7 +113,7 @@ def test_arguments_and_levels_are_those_of_the_pipeline(name: str) -> None:
         expected = {key: value for key, value in theirs.items() if value is not None and key != "return_dict"}
         assert set(ours) == set(expected)
         for key, value in ours.items():
-            if isinstance(value, Tensor | tuple) and key != "rope_interpolation_scale":
+            if isinstance(value, Tensor | tuple | list) and key != "rope_interpolation_scale":
                 torch.testing.assert_close(value, expected[key], atol=2e-3, rtol=1e-5, check_dtype=False)
             else:
                 assert value == expected[key]
@@ -140,6 +148,10 @@ def test_the_velocity_leads_the_pipeline_to_the_clean_latent(name: str) -> None:
     torch.testing.assert_close(velocity(pipe, family, pipe.transformer, point, call), point.target)
 
 
+CHANNELS = {"LTX": 2, "CogVideoX": 2, "CogVideoX 1.5": 2, "Kandinsky 5": 4}
+"""Where the channels are, where they do not come first."""
+
+
 class Decoding(Exception):
     """Carries what an autoencoder was to decode."""
 
@@ -159,7 +171,7 @@ def test_the_pipeline_decodes_what_was_encoded(name: str) -> None:
     family = family_of(pipe)
     frames, *rest = latent_size(name, pipe, hidden[0], call)
     size = frames - (name == "CogVideoX 1.5"), *rest  # which has two frames to a patch, and the first one twice
-    channels = hidden[0].shape[2 if name.startswith(("LTX", "CogVideoX")) else 1]
+    channels = hidden[0].shape[CHANNELS.get(name, 1)]
     raw = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(3))
 
     def decode(latents: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from falloff.hosts import host_for
 from falloff.training.errors import TrainingError
 from falloff.training.family import Call, Family, Sample, Text, normalised
 
@@ -189,6 +190,24 @@ LTX = Family(
 )
 
 
+def _ltx_image_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: Call) -> dict[str, Any]:
+    """The clip's own first latent frame, which is all that a causal encoder makes of its picture, at noise level 0."""
+    first = noised.shape[1] // sample.size[0]
+    levels = level.repeat(1, noised.shape[1])
+    levels[:, :first] = 0
+    hidden = torch.cat([sample.latents[:, :first].to(noised), noised[:, first:]], dim=1)
+    return {**_ltx_inputs(pipe, hidden, level, sample, call), "timestep": 1000 * levels}
+
+
+LTX_IMAGE = replace(
+    LTX,
+    pipelines=("LTXImageToVideoPipeline",),
+    inputs=_ltx_image_inputs,
+    image=lambda pipe, picture, call: {},
+    given=lambda pipe: 1,
+)
+
+
 def _cogvideox_latents(pipe: Any, latents: Tensor) -> Tensor:
     """Frames before channels; where frames are patched too, the first is repeated until they can be."""
     scaled = (latents * pipe.vae.config.scaling_factor).transpose(1, 2)
@@ -221,7 +240,36 @@ COGVIDEOX = Family(
     diffuses=True,
 )
 
-FAMILIES = (WAN, WAN_IMAGE, HUNYUAN_VIDEO, MOCHI, LTX, COGVIDEOX)
+
+def _kandinsky_text(pipe: Any, caption: str, call: Call) -> Text:
+    embeds, pooled, lengths = pipe.encode_prompt(caption, max_sequence_length=call.get("max_sequence_length", 512))
+    positions = torch.arange(int(lengths.diff().max()), device=embeds.device)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "text_rope_pos": positions}
+
+
+def _kandinsky_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: Call) -> dict[str, Any]:
+    """Channels last; those for a picture, where the model has them, are empty."""
+    frames, height, width = sample.size
+    _, tall, wide = pipe.transformer.config.patch_size
+    empty = [torch.zeros_like(noised), torch.zeros_like(noised[..., :1])] if pipe.transformer.visual_cond else []
+    return {
+        "hidden_states": torch.cat([noised, *empty], dim=-1),
+        "timestep": (1000 * level).to(noised.dtype),
+        "visual_rope_pos": [torch.arange(n, device=noised.device) for n in (frames, height // tall, width // wide)],
+        "scale_factor": pipe._get_scale_factor(call["height"], call["width"]),
+    }
+
+
+KANDINSKY = Family(
+    pipelines=("Kandinsky5T2VPipeline",),
+    temporal=lambda pipe: int(pipe.vae_scale_factor_temporal),
+    latents=lambda pipe, latents: (latents * pipe.vae.config.scaling_factor).permute(0, 2, 3, 4, 1),
+    text=_kandinsky_text,
+    inputs=_kandinsky_inputs,
+    refuse=lambda pipe: host_for(pipe.transformer).refuse(pipe.transformer.config),
+)
+
+FAMILIES = (WAN, WAN_IMAGE, HUNYUAN_VIDEO, MOCHI, LTX, LTX_IMAGE, COGVIDEOX, KANDINSKY)
 
 
 def family_of(pipe: Any) -> Family:

@@ -42,8 +42,9 @@ class Point:
         return self.asked(self._mixed(self.noising.aim(self.level)))
 
     def asked(self, x: Tensor) -> Tensor:
-        """The frames that are to be denoised."""
-        return x[:, :, self.sample.given :]
+        """The frames that are to be denoised, of latents [1, C, F, H, W] or of tokens [1, N, C]."""
+        given = self.sample.given
+        return x[:, given * x.shape[1] // self.sample.size[0] :] if x.ndim == 3 else x[:, :, given:]
 
     def _mixed(self, weights: Weights) -> Tensor:
         return weights[0] * self.sample.latents + weights[1] * self.noise
