@@ -59,9 +59,9 @@ def run(pipe: Any, image: Any) -> tuple[list[dict[str, Any]], Tensor]:
     return given, out
 
 
-def latents_in(hidden: Tensor) -> Tensor:
-    """Without the channels beside them."""
-    return hidden if hidden.ndim == 3 else hidden[:, :16]
+def latents_in(hidden: Tensor, sample: Sample) -> Tensor:
+    """Without the channels beside them, which come after them."""
+    return hidden[tuple(slice(size) for size in sample.latents.shape)]
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_arguments_are_those_of_the_pipeline(pipe: Any, clips: Path, tmp_path: P
     given, _ = run(pipe, image)
     assert len(given) == STEPS
     for level, theirs in zip(noising.levels, given, strict=True):
-        point = Point(sample, latents_in(theirs["hidden_states"]), noising, level)
+        point = Point(sample, latents_in(theirs["hidden_states"], sample), noising, level)
         noised = torch.full_like(point.noise, 9.0)  # what the picture is given for comes from nowhere but the picture
         point.asked(noised).copy_(point.asked(point.noise))
         ours = {**family.inputs(pipe, noised, torch.tensor([level]), sample, CALL), **sample.text}
@@ -94,9 +94,16 @@ def test_the_velocity_leads_the_pipeline_to_the_clip(pipe: Any, clips: Path, tmp
     assert sample.given == (pipe.config.get("expand_timesteps", False) or "LTX" in type(pipe).__name__)
     family = family_of(pipe)
     given, _ = run(pipe, image)
-    point = Point(sample, latents_in(given[0]["hidden_states"]), noising_of(pipe, family, STEPS, CALL), 1.0)
+    noising = noising_of(pipe, family, STEPS, CALL)
+    point = Point(sample, latents_in(given[0]["hidden_states"], sample), noising, 1.0)
+    aims = iter([noising.aim(level) for level in noising.levels])
+
+    def target(**kwargs: Any) -> tuple[Tensor]:
+        of_clean, of_noise = next(aims)
+        return (of_clean * sample.latents + of_noise * point.noise,)
+
     for model in transformers(pipe):
-        model.forward = lambda **kwargs: (point.noise - sample.latents,)
+        model.forward = target
     _, out = run(pipe, image)
     torch.testing.assert_close(point.asked(out), point.asked(sample.latents), atol=2e-3, rtol=1e-3)
     wrong = torch.full_like(sample.latents, 100.0)

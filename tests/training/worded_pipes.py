@@ -16,13 +16,14 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from tiny_cogvideox import cogvideox
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from worded import pipeline
 
 BOUNDARY = 0.75
-IMAGES = ("2.1", "2.2", "2.2 5B", "SkyReels-V2", "LTX")
+IMAGES = ("2.1", "2.2", "2.2 5B", "SkyReels-V2", "LTX", "CogVideoX", "CogVideoX 1.5")
 """The kinds of image to video: with a second view of the image by CLIP, with two experts, in place of a frame,
-another model like the first, and in place of a frame's tokens."""
+another model like the first, in place of a frame's tokens, and beside a diffusion."""
 
 
 def experts() -> WanPipeline:
@@ -33,6 +34,8 @@ def experts() -> WanPipeline:
 
 
 def image_to_video(kind: str) -> Any:
+    if kind.startswith("CogVideoX"):
+        return cogvideox(patched_frames="1.5" in kind, image=True)
     parts = pipeline().components
     if kind == "SkyReels-V2":
         known = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}

@@ -241,6 +241,40 @@ COGVIDEOX = Family(
 )
 
 
+def _cogvideox_image(pipe: Any, picture: Image, call: Call) -> Text:
+    """The picture as latents, and nothing for later frames. The pipeline draws them, which is done once for a clip."""
+    height, width, device = call["height"], call["width"], pipe._execution_device
+    latent = (call["num_frames"] - 1) // pipe.vae_scale_factor_temporal + 1
+    more = -latent % (pipe.transformer.config.get("patch_size_t") or 1)
+    pixels = pipe.video_processor.preprocess(picture, height=height, width=width)
+    _, condition = pipe.prepare_latents(
+        pixels.to(device, pipe.vae.dtype),
+        num_channels_latents=pipe.transformer.config.in_channels // 2,
+        num_frames=call["num_frames"] + more * pipe.vae_scale_factor_temporal,
+        height=height,
+        width=width,
+        dtype=torch.float32,
+        device=device,
+        generator=torch.Generator().manual_seed(0),
+        latents=torch.zeros((), device=device),  # of no concern: only what comes of the picture is kept
+    )
+    return {"condition": condition}
+
+
+def _cogvideox_image_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: Call) -> dict[str, Any]:
+    """More channels for the picture, and in 1.5 a number that is always the same."""
+    inputs = _cogvideox_inputs(pipe, noised, level, sample, call)
+    inputs["hidden_states"] = torch.cat([noised, sample.image["condition"].to(noised)], dim=2)
+    if pipe.transformer.config.ofs_embed_dim is not None:
+        inputs["ofs"] = noised.new_full((1,), 2.0)
+    return inputs
+
+
+COGVIDEOX_IMAGE = replace(
+    COGVIDEOX, pipelines=("CogVideoXImageToVideoPipeline",), inputs=_cogvideox_image_inputs, image=_cogvideox_image
+)
+
+
 def _kandinsky_text(pipe: Any, caption: str, call: Call) -> Text:
     embeds, pooled, lengths = pipe.encode_prompt(caption, max_sequence_length=call.get("max_sequence_length", 512))
     positions = torch.arange(int(lengths.diff().max()), device=embeds.device)
@@ -269,7 +303,7 @@ KANDINSKY = Family(
     refuse=lambda pipe: host_for(pipe.transformer).refuse(pipe.transformer.config),
 )
 
-FAMILIES = (WAN, WAN_IMAGE, HUNYUAN_VIDEO, MOCHI, LTX, LTX_IMAGE, COGVIDEOX, KANDINSKY)
+FAMILIES = (WAN, WAN_IMAGE, HUNYUAN_VIDEO, MOCHI, LTX, LTX_IMAGE, COGVIDEOX, COGVIDEOX_IMAGE, KANDINSKY)
 
 
 def family_of(pipe: Any) -> Family:
