@@ -96,6 +96,7 @@ def test_each_is_validated_at_levels_of_its_own(trained: tuple[Path, np.ndarray]
     first = entries(trained[0])[0]
     own = [first[f"validation {name}"] for name in (FIRST, SECOND)]
     assert own[0] != own[1]
+    assert min(own) > 1  # as a model that knows nothing has it
     assert first["validation"] == pytest.approx(sum(own) / 2)
 
 
