@@ -1,4 +1,4 @@
-"""The C++ kernel: what holds for every kernel, for each width of vectors; its own paths; a machine without a compiler."""
+"""The C++ kernel: what holds for every kernel at each width of vectors, its own paths, and no compiler."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ Forward, over the tiles of keys j that a query sees, in base 2: ``m = max(m, s_j
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from falloff.kernels.compiled import CompileError, library
 from falloff.kernels.kept import kept
 from falloff.kernels.needs import Needs
 from falloff.kernels.trial import Trial
-from falloff.plan import BlockMap, Plan, Sizes
+from falloff.plan import BlockMap, Plan
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 THREAD_WORK = 1 << 20
@@ -36,7 +35,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """As the reference, in float32 whatever the type. Differentiable through out and LSE."""
     q, k, v = (_channels_together(x.float()) for x in (q_BHND, k_BHND, v_BHND))
-    out, lse = _Attention.apply(plan, scale, key_valid_BN, q, k, v)
+    out, lse = _Attention.apply(plan, scale, key_valid_BN, q, k, v)  # type: ignore[no-untyped-call]  # torch's
     return out.to(q_BHND.dtype), lse
 
 
