@@ -32,7 +32,7 @@ class CompileError(RuntimeError):
 
 @cache
 def library(source: Path) -> ctypes.CDLL | CompileError:
-    """The compiled source, loaded; found in the cache if the same compiler made it of the same code."""
+    """The compiled source, loaded; found in the cache if the same compiler made it of the same files of its folder."""
     try:
         return ctypes.CDLL(str(_file(source)))
     except CompileError as error:
@@ -43,9 +43,11 @@ def library(source: Path) -> ctypes.CDLL | CompileError:
 
 def _file(source: Path) -> Path:
     command = [*_compiler(), *OPTIONS, *_vector_options()]
-    mark = hashlib.sha256("\0".join([*command, _version(command[0])]).encode() + source.read_bytes()).hexdigest()[:16]
+    mark = hashlib.sha256("\0".join([*command, _version(command[0])]).encode())
+    for file in sorted(source.parent.glob("*.?pp")):
+        mark.update(file.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "falloff"
-    made = folder / f"{source.stem}-{mark}.so"
+    made = folder / f"{source.parent.name}-{mark.hexdigest()[:16]}.so"
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:

@@ -1,4 +1,4 @@
-"""Block-sparse attention on CPUs in C++ of our own (cpu_simd.cpp), compiled at its first use: forward and backward.
+"""Block-sparse attention on CPUs in C++ of our own (simd/attention.cpp), compiled at its first use: forward and backward.
 
 PyTorch's operators reach their speed on long rows of contiguous keys; blocks must be gathered for them and short rows
 are dear. Here blocks are packed once a call and read in place, at the speed of dense attention.
@@ -25,7 +25,7 @@ from falloff.kernels.needs import Needs
 from falloff.kernels.trial import Trial
 from falloff.plan import BlockMap, Plan
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCE = Path(__file__).parent / "simd" / "attention.cpp"
 THREAD_WORK = 1 << 20
 """Multiply-adds worth a thread of their own: tens of microseconds, as is starting it."""
 
@@ -146,8 +146,7 @@ class _Attention(torch.autograd.Function):
             shift = shift - d_lse
         given = {"q": q, "k": k, "v": v, "d_out": d_out, "lse": lse, "shift": shift}
         grads = {f"d_{name}": torch.zeros_like(x) for name, x in zip("qkv", (q, k, v), strict=True)}
-        _launch("falloff_d_queries", ctx.plan, ctx.scale, ctx.valid, given | grads)
-        _launch("falloff_d_keys_values", ctx.plan, ctx.scale, ctx.valid, given | grads, by_keys=True)
+        _launch("falloff_backward", ctx.plan, ctx.scale, ctx.valid, given | grads, by_keys=True)
         return None, None, None, *grads.values()
 
 
