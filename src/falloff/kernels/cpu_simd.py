@@ -1,4 +1,4 @@
-"""Block-sparse attention on CPUs in C++ of our own (simd/attention.cpp), compiled at its first use: forward and backward.
+"""Block-sparse attention on CPUs in C++ of our own (simd/), compiled at its first use: forward and backward.
 
 PyTorch's operators reach their speed on long rows of contiguous keys; blocks must be gathered for them and short rows
 are dear. Here blocks are packed once a call and read in place, at the speed of dense attention.
