@@ -232,6 +232,25 @@ def test_other_pipelines_are_refused() -> None:
         noising_of(pipe, family_of(pipe), STEPS, {})
 
 
+def test_kandinsky_leaves_the_place_of_a_picture_empty() -> None:
+    pipe, call = pipe_and_call("Kandinsky 5")
+    config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    pipe.transformer = type(pipe.transformer)(**{**config, "visual_cond": True}).eval()
+    given = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    pipe(**call, num_inference_steps=1, output_type="latent")
+    noised = given[0][..., :4]
+    sample = Sample(noised, tuple(noised.shape[1:4]), {})
+    ours = family_of(pipe).inputs(pipe, noised, torch.tensor([1.0]), sample, call)["hidden_states"]
+    assert ours.shape[-1] == 9
+    assert torch.equal(ours, given[0])
+    pipe.transformer.register_to_config(attention_type="nabla")
+    with pytest.raises(TrainingError, match="Kandinsky5T2VPipeline cannot be trained: its attention is sparse already"):
+        family_of(pipe)
+
+
 def test_one_level_for_all_tokens_is_one_level() -> None:
     """Wan 2.2 5B is told the level of every token, which are all the same in text to video."""
     pipe = t2v()
