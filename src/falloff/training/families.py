@@ -1,8 +1,8 @@
 """How each family of pipelines trains: what its transformer is given, and what it is to put out for a noised latent.
 
 They differ in how latents are normalised, how text goes in, how the noise level s in 0 to 1 is told, in the sign of the
-velocity, and in the path that leads from the clip to noise. Every file of diffusers'
-pipelines does this backwards; tests hold the arguments made here against those a pipeline makes.
+velocity, and in the path that leads from the clip to noise. Every file of diffusers' pipelines does this backwards;
+tests hold the arguments made here against those a pipeline makes.
 """
 
 from __future__ import annotations
