@@ -79,5 +79,6 @@ def _needs(kind: type) -> bool:
     return _parameters(kind)["image"].default is inspect.Parameter.empty or "ImageToVideo" in kind.__name__
 
 
-def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(getattr(kind, "__call__")).parameters  # noqa: B004 - a call of its instances is meant
+def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
+    """Of a call of the class's instances."""
+    return inspect.signature(kind.__call__).parameters
