@@ -85,6 +85,43 @@ def test_compare_records_the_picture(falloff, model: Path, wide: Path, tmp_path:
     assert "0x" not in values["call_arguments"]["image"]
 
 
+def test_tune_goes_on_with_the_same_picture_alone(
+    falloff, model: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from falloff import Recipe
+    from falloff.evaluation import tune as tuning
+
+    # one round of the search, whatever the time
+    monkeypatch.setattr(tuning, "_run", lambda search, study, deadline: tuning._round(search, study))
+    monkeypatch.setattr(tuning._Search, "refine", lambda search, plain, deadline: ([], {}))
+    common = ("tune", "--recall", 0.01, "--prompt", "a fox", "--model", model, "--output", tmp_path / "recipe.yaml")
+    same, other = tmp_path / "same.png", tmp_path / "other.png"
+    same.write_bytes(wide.read_bytes())
+    Image.new("RGB", (32, 32), "red").save(other)
+    for file in (wide, same):
+        done = falloff(*common, "--image", file)
+        assert done.code == 0, done.err
+    evidence = Recipe.load(tmp_path / "recipe.yaml").evidence
+    assert evidence["call_arguments"]["image"].startswith("picture of 32 x 32, SHA-256 ")
+    assert evidence["candidates"] == 2 * tuning.AT_ONCE
+    done = falloff(*common, "--image", other)
+    assert done.code == 1
+    assert "trials of another search (other call)" in done.err
+
+
+def test_a_comparison_goes_on_with_the_same_picture(model: Path, tmp_path: Path, calls: list[object]) -> None:
+    from diffusers import WanImageToVideoPipeline
+    from worded import SIZE
+
+    import falloff as library
+
+    pipe = WanImageToVideoPipeline.from_pretrained(model)
+    for colour in ("white", "white", "black"):
+        image = Image.new("RGB", (32, 32), colour)
+        library.compare(pipe, "a fox", "dense", kept=tmp_path / "kept", image=image, **SIZE)
+    assert len(calls) == 2 * (2 + 3)  # two short runs and three whole ones of each picture
+
+
 def test_a_picture_is_known_by_its_pixels() -> None:
     from falloff.evaluation.generate import recorded
 
@@ -129,6 +166,15 @@ def test_a_pipeline_known_only_once_loaded_is_checked_too(wide: Path) -> None:
     cogvideox = image_to_video("CogVideoX")
     assert added(cogvideox, {}, opened(wide))["image"].size == (32, 32)
     assert added(cogvideox, {"width": 64}, opened(wide))["image"].size == (64, 32)
+
+
+def test_a_pipeline_that_goes_by_the_picture_is_given_the_whole(wide: Path) -> None:
+    from falloff.cli.pictures import added, opened
+
+    class Sized:
+        def __call__(self, prompt: str, image: Image.Image) -> None: ...
+
+    assert added(Sized(), {}, opened(wide))["image"].size == (96, 48)
 
 
 def test_classes_take_no_picture(falloff, wide: Path) -> None:

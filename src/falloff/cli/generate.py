@@ -42,7 +42,13 @@ def generate(
 ) -> None:
     """Make a video with sparse attention, and tell what was computed; or decode an image of a class."""
     if class_ is not None:
-        video_only = {"PROMPT": prompt, "--set": set_, "--frames": frames, "--height": height, "--width": width}
+        video_only: dict[str, Any] = {
+            "PROMPT": prompt,
+            "--set": set_,
+            "--frames": frames,
+            "--height": height,
+            "--width": width,
+        }
         video_only |= {"--lora": lora, "--image": image}
         changed = {"--method": method != METHOD, "--kernel": kernel != "auto"}
         if given := [name for name, value in {**video_only, **changed}.items() if value]:
