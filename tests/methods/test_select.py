@@ -102,9 +102,8 @@ def test_cover_is_that_of_a_stable_sort(dtype: torch.dtype, equal: bool) -> None
     for levels in (3, 50, 10**6):
         mass = (torch.randint(levels, (2, 40, 90), generator=draw) / levels).to(dtype)
         for share, least in ((0.0, 1), (0.3, 4), (0.9, 1), (1.0, 2), (0.5, 200)):
-            ordered, block = mass.to(torch.promote_types(dtype, torch.float32)).sort(
-                dim=-1, descending=True, stable=True
-            )
+            exact = mass.to(torch.promote_types(dtype, torch.float32))
+            ordered, block = exact.sort(dim=-1, descending=True, stable=True)
             up_to = ordered.cumsum(-1)
             before = torch.cat([torch.zeros_like(up_to[..., :1]), up_to[..., :-1]], -1)
             bound = share * up_to[..., -1:]

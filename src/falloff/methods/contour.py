@@ -30,7 +30,7 @@ from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.ear import segment_means
 from falloff.methods.kmeans import Clusters, kmeans
 from falloff.methods.layout import NOT_FINITE, check_count, check_share
-from falloff.methods.pinned import Side, grid_tokens, plan_with_text
+from falloff.methods.pinned import Side, blocks_with_text, grid_tokens, plan_with_text
 from falloff.methods.svg2 import neighbours
 from falloff.plan import Plan
 from falloff.schedule import Schedule
@@ -103,7 +103,8 @@ class Contour(Method):
         looked = _taken(q_video, spread(q_order, q.sizes, self.queries))
         worth = spared(looked, k_video, k_order, k.sizes, self.queries)
         on = best_pairs(worth, q.sizes, k.sizes, self.density)
-        plan = plan_with_text(call.sequence, Side(q_order, q.sizes), Side(k_order, k.sizes), on, summary=True)
+        blocks = blocks_with_text(call.sequence, on, q.sizes, k.sizes)
+        plan = plan_with_text(call.sequence, Side(q_order, q.sizes), Side(k_order, k.sizes), blocks, summary=True)
         state.values = {"shape": shape, "step": call.step, "plan": plan}
         state.values |= {"q": q.centroids.to(q_BHND.dtype), "k": k.centroids.to(k_BHND.dtype)}
         return plan

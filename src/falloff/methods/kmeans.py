@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from falloff.kernels.groups import groups_within, head_groups
+from falloff.kernels.groups import Group, groups_within, head_groups
 from falloff.kernels.product import product
 
 CHUNK_BYTES = 32 << 20
 """Scores, memberships and copies of tokens held at once."""
 CPU_CHUNK_BYTES = 2 << 20
 """The same on CPUs, where passes over scores that have left a core's cache would be half of the time."""
-SORT_BYTES = 40
-"""Of one token while it is sorted: its cluster and its place, twice, and what the sort needs on the way."""
+SORT_BYTES, SORTED_BYTES = 40, 16 << 20
+"""Of one token while it is sorted: its cluster and its place, twice, and what the sort needs on the way; of all."""
 SUM_BYTES = 16 << 20
 """Sums of tokens by cluster held at once, the old and the new."""
 
@@ -45,9 +45,17 @@ class Clusters(NamedTuple):
         """Tokens cluster by cluster, in the given order inside each: int64 [B, H, N]."""
         batch, heads, length = self.labels.shape
         order = torch.empty(self.labels.shape, dtype=torch.int64, device=self.labels.device)
-        for group in groups_within(batch, heads, SORT_BYTES * length):
-            order[group] = _sorted_places(self.labels[group], self.sizes.shape[2])
+        for group in groups_within(batch, heads, SORT_BYTES * length, SORTED_BYTES):
+            order[group] = self.order_of(group)
         return order
+
+    def order_of(self, group: Group) -> Tensor:
+        """The same of some heads, int64 [h, N]."""
+        labels = self.labels[group]
+        if labels.device.type == "cpu":  # NumPy sorts numbers of two bytes by their digits, several times faster
+            narrow = labels.numpy().astype(np.min_scalar_type(self.sizes.shape[2] - 1))
+            return torch.from_numpy(np.argsort(narrow, -1, kind="stable"))
+        return labels.sort(dim=-1, stable=True).indices
 
 
 class Chunks(NamedTuple):
@@ -156,7 +164,7 @@ def _improve(
         _add_members(sums, part, nearest)
         sizes.scatter_add_(1, nearest, torch.ones_like(nearest))
     sums /= sizes.clamp(min=1)[..., None]
-    center.copy_(torch.where(sizes[..., None] > 0, sums, center))
+    torch.where(sizes[..., None] > 0, sums, center, out=center)
     return sizes
 
 
@@ -204,14 +212,6 @@ def _highest(x: Tensor) -> Tensor:
     if x.device.type == "cpu":  # NumPy's search is several times faster there
         return torch.from_numpy(np.argmax(x.numpy(), -1))
     return x.max(-1).indices
-
-
-def _sorted_places(labels_HN: Tensor, clusters: int) -> Tensor:
-    """Places of tokens, those of lower labels first and in the given order among equals: int64 [H, N]."""
-    if labels_HN.device.type == "cpu":  # NumPy sorts numbers of two bytes by their digits, several times faster
-        narrow = labels_HN.numpy().astype(np.min_scalar_type(clusters - 1))
-        return torch.from_numpy(np.argsort(narrow, -1, kind="stable"))
-    return labels_HN.sort(dim=-1, stable=True).indices
 
 
 def _no_tokens(center: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.ear import KEY_BYTES, error_per_pair, spend
 from falloff.methods.kmeans import Clusters, first_centroids, kmeans
 from falloff.methods.layout import NOT_FINITE
-from falloff.methods.pinned import Side, grid_tokens, plan_with_text
+from falloff.methods.pinned import Side, blocks_with_text, grid_tokens, plan_with_text
 from falloff.methods.select import cover
 from falloff.plan import Plan
 from falloff.schedule import Schedule
@@ -111,13 +111,14 @@ class SVG2(Method):
         k = self._cluster(k_video, self._count("k_clusters", call), kept.get("k"), call, state)
         if not bool(q.finite & k.finite):
             return NOT_FINITE
-        on = self._covered(q, k)
-        q_side, k_side = (Side(found.order(), found.sizes) for found in (q, k))
-        if self.summary:
-            _route(on, q, k, k_video, k_side.order)
-        state.values = {"shape": shape, "q": _kept(q, q_BHND), "k": _kept(k, k_BHND)}
-        del kept, q, k  # labels and centroids of before are as large as what the plan will hold
-        plan = plan_with_text(call.sequence, q_side, k_side, on, summary=self.summary)
+        blocks = blocks_with_text(call.sequence, self._on(q, k, k_video), q.sizes, k.sizes)
+        q, k = (_to_keep(found, q_BHND.dtype) for found in (q, k))
+        state.values = {"shape": shape, "q": q.centroids, "k": k.centroids}
+        q_side = Side(q.order(), q.sizes)
+        del kept, q  # centroids of before and labels that are done with take about as much as the plan
+        k_side = Side(k.order(), k.sizes)
+        del k
+        plan = plan_with_text(call.sequence, q_side, k_side, blocks, summary=self.summary)
         if self.span:
             state.values |= {"plan": plan, "uses": self.span}
         return plan
@@ -137,14 +138,16 @@ class SVG2(Method):
             return kmeans(x_BHND, start, self.first_iterations, stride=self.stride)
         return kmeans(x_BHND, before, self.iterations, stride=self.stride)
 
-    def _covered(self, q: Clusters, k: Clusters) -> Tensor:
-        """The heaviest pairs of clusters of every row, bool [B, H, Cq, Ck]."""
+    def _on(self, q: Clusters, k: Clusters, keys_BHND: Tensor) -> Tensor:
+        """Which pairs of clusters are computed, bool [B, H, Cq, Ck]."""
         batch, heads, q_clusters = q.sizes.shape
         on = torch.empty(*q.sizes.shape, k.sizes.shape[2], dtype=torch.bool, device=q.sizes.device)
         least = max(1, int(self.min_share * k.sizes.shape[2] + 1e-6))
         for group in groups_within(batch, heads, SELECTION_BYTES * q_clusters * k.sizes.shape[2], SELECTED_BYTES):
             share = estimated_mass(q.centroids[group], k.centroids[group], k.sizes[group])
             on[group] = cover(share, self.mass, least=least)
+        if self.summary:
+            _route(on, q, k, keys_BHND)
         return on
 
 
@@ -162,13 +165,13 @@ def neighbours(x_BHND: Tensor, clusters: int, seed: int, call: Call, state: Stat
     return first_centroids(x_BHND, clusters, seed, order_N=state.shared[key], parts=grid.frames)
 
 
-def _route(on_BHQK: Tensor, q: Clusters, k: Clusters, keys_BHND: Tensor, order_BHN: Tensor) -> None:
+def _route(on_BHQK: Tensor, q: Clusters, k: Clusters, keys_BHND: Tensor) -> None:
     """Exchange a row's pairs of clusters, in place, for those whose means would answer worst, of no more keys."""
     batch, heads, length, head_dim = keys_BHND.shape
     head_bytes = length * (KEY_BYTES * min(q.sizes.shape[2], ROUTED_TOGETHER) + SORTED_BYTES * head_dim)
     for group in groups_within(batch, heads, head_bytes):
         sizes = k.sizes[group][:, None].expand(on_BHQK[group].shape)
-        places = order_BHN[group][..., None].expand(-1, -1, head_dim)
+        places = k.order_of(group)[..., None].expand(-1, -1, head_dim)
         keys = keys_BHND[group].gather(1, places)
         error = error_per_pair(q.centroids[group], keys, k.sizes[group])
         on_BHQK[group] = spend(error, sizes, (sizes * on_BHQK[group]).sum(-1, keepdim=True))
@@ -181,9 +184,9 @@ def estimated_mass(q_HCD: Tensor, k_HCD: Tensor, k_sizes_HC: Tensor) -> Tensor:
     return mass
 
 
-def _kept(clusters: Clusters, x_BHND: Tensor) -> Tensor:
-    """Centroids to start from next time; the tokens' precision is all that the first look at them needs."""
-    return clusters.centroids.to(x_BHND.dtype)
+def _to_keep(clusters: Clusters, dtype: torch.dtype) -> Clusters:
+    """With centroids to start from next time; the tokens' precision is all that the first look at them needs."""
+    return clusters._replace(centroids=clusters.centroids.to(dtype))
 
 
 def _at_least(value: object, least: int) -> bool:
