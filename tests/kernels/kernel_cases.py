@@ -9,14 +9,19 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from falloff.kernels import cpu_simd
 from falloff.plan import BlockMap, Plan
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 """A process in which the Triton kernel runs on the CPU, slowly: test_triton.py starts one."""
-IMPLS = ("triton",) if INTERPRETING else ("reference", "cpu")
+SINGLE = "triton" if INTERPRETING else os.environ.get("FALLOFF_TEST_KERNEL")
+"""The kernel of a process that tests one in float32: test_triton.py and test_cpu_simd.py start such."""
+IMPLS = (SINGLE,) if SINGLE else ("reference", "cpu")
 """Every kernel that runs here and is exact; a new one joins by its name."""
-EXACT = torch.float32 if INTERPRETING else torch.float64
-TOLERANCE = 1e-5 if INTERPRETING else 1e-10
+AUTO = "cpu" if cpu_simd.absent() else "cpu-simd"
+"""What ``auto`` takes in float32 on this machine."""
+EXACT = torch.float32 if SINGLE else torch.float64
+TOLERANCE = 1e-5 if SINGLE else 1e-10
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from kernel_cases import qkv, random_map, uniform_plan
+from kernel_cases import AUTO, qkv, random_map, uniform_plan
 
 from falloff.kernels import KernelError, UnsupportedError, available, choose, cpu_tile, launch, run
 from falloff.plan import dense_plan
@@ -16,19 +16,19 @@ from falloff.plan import dense_plan
 def test_auto_says_what_it_picked_and_why_not_the_others():
     q = qkv(0, 1, 1, 8, 8, 4, torch.float32)[0]
     choice = choose(dense_plan(8, 8), q)
-    assert choice.name == "cpu"
-    assert dict(choice.skipped).keys() == {name for name, _, _ in available()} - {"cpu"}
+    assert choice.name == AUTO
+    assert dict(choice.skipped).keys() == {name for name, _, _ in available()} - {AUTO}
     assert all(f"not {name}: {why}" in str(choice) for name, why in choice.skipped)
-    assert str(choice).startswith("cpu: ")
+    assert str(choice).startswith(f"{AUTO}: ")
 
 
 @pytest.mark.parametrize(
     ("dtype", "needs_grad", "needs_lse", "name"),
     [
         (torch.bfloat16, False, False, "cpu-tile"),
-        (torch.bfloat16, False, True, "cpu"),
-        (torch.bfloat16, True, False, "cpu"),
-        (torch.float32, False, False, "cpu"),
+        (torch.bfloat16, False, True, AUTO),
+        (torch.bfloat16, True, False, AUTO),
+        (torch.float32, False, False, AUTO),
     ],
 )
 def test_auto_takes_the_tile_kernel_only_where_it_is_fast_and_exact_enough(

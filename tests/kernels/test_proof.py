@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import random_map, uniform_plan
+from kernel_cases import AUTO, random_map, uniform_plan
 
 from falloff.kernels import UnsupportedError, attend, available, choose, proof, reference, run
 from falloff.kernels.choose import OWN
@@ -156,6 +156,6 @@ def test_a_named_kernel_runs_after_its_trial_and_never_falls_back(monkeypatch: p
     registered(monkeypatch, foreign(dense))
     with pytest.raises(UnsupportedError, match="'foreign' cannot run this call: it gave one output"):
         run(plan, q, q, q, impl="foreign")
-    assert choose(plan, q).name == "cpu"
+    assert choose(plan, q).name == AUTO
     assert available()[-1] == ("foreign", True, "tests")
     assert available(prove=True)[-1][1:] == (False, "it gave one output for two different maps: it does not read them")

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_cases import IMPLS, INTERPRETING, TOLERANCE, Case, cases, qkv, random_map, tensors, uniform_plan
+from kernel_cases import IMPLS, INTERPRETING, SINGLE, TOLERANCE, Case, cases, qkv, random_map, tensors, uniform_plan
 
 from falloff.kernels import run
 from falloff.kernels import summary as module
@@ -85,7 +85,7 @@ def test_gradients_equal_the_reference(case):
         assert_equal(got, grads[0])
 
 
-@pytest.mark.skipif(INTERPRETING, reason="finite differences need float64")
+@pytest.mark.skipif(SINGLE is not None, reason="finite differences need float64")
 @every_kernel
 def test_gradcheck(impl):
     leaves = tuple(x.requires_grad_() for x in qkv(12, 1, 1, 7, 9, 3))

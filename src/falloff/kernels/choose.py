@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from falloff.kernels import cpu, cpu_tile, proof, reference, triton
+from falloff.kernels import cpu, cpu_simd, cpu_tile, proof, reference, triton
 from falloff.kernels.errors import UnsupportedError
 from falloff.kernels.kernel import Kernel
 from falloff.kernels.needs import Needs
@@ -21,6 +21,14 @@ OWN = (
         cpu_tile.absent,
         cpu_tile.refuse,
         rough_lse=True,
+    ),
+    Kernel(
+        "cpu-simd",
+        "CPUs with a C++ compiler, forward and backward in float32",
+        cpu_simd.attention,
+        cpu_simd.absent,
+        cpu_simd.refuse,
+        trial=cpu_simd.trial,
     ),
     Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, cpu.refuse, skips=True),
     Kernel("triton", "NVIDIA GPUs, forward and backward", triton.attention, triton.absent, triton.refuse, skips=True),

@@ -21,8 +21,9 @@ class Kernel(NamedTuple):
     ``rough_lse``: its LSE is no more exact than bfloat16 scores allow; ``auto`` then leaves it to calls without one.
     ``summarises``: it runs a plan's summary itself; for others that is done above them. ``skips``: it can leave blocks
     out while it computes, as a plan's ``skip`` asks.
-    ``by_name``: why ``auto`` never takes it. ``trial``: for a foreign kernel, the call that shows whether it can be
-    believed on this machine; it is tried like that before its first use, and may be off by ``tolerance`` (relative).
+    ``by_name``: why ``auto`` never takes it. ``trial``: for a kernel that is not ours, or that
+    another compiler made here, the call that shows whether it can be believed on this machine; it is tried like that
+    before its first use, and may be off by ``tolerance`` (relative).
     """
 
     name: str

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from falloff.kernels.kept import kept
 from falloff.kernels.kernel import Kernel
 from falloff.kernels.needs import Needs
 from falloff.kernels.trial import Trial
 from falloff.kernels.vendor import probe
-from falloff.kernels.vendor.lists import from_order, in_order, kept, lists, refined
+from falloff.kernels.vendor.lists import from_order, in_order, lists, refined
 from falloff.plan import Plan
 
 BLACKWELL = (100, 103, 110)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falloff.kernels.kept import kept
 from falloff.kernels.kernel import Kernel
 from falloff.kernels.needs import Needs, differentiable
 from falloff.kernels.trial import Trial
 from falloff.kernels.vendor import probe
-from falloff.kernels.vendor.lists import from_order, in_order, kept, lists, refined
+from falloff.kernels.vendor.lists import from_order, in_order, lists, refined
 from falloff.plan import BlockMap, Plan
 
 ARCHS = (90, 100, 103, 110)

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from falloff.kernels.kept import kept
 from falloff.kernels.kernel import Kernel
 from falloff.kernels.needs import Needs
 from falloff.kernels.trial import Trial
 from falloff.kernels.vendor import probe
-from falloff.kernels.vendor.lists import from_order, in_order, kept
+from falloff.kernels.vendor.lists import from_order, in_order
 from falloff.plan import Plan
 
 ARCHS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)

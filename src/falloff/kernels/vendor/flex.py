@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from falloff.kernels.errors import UnsupportedError
+from falloff.kernels.kept import kept
 from falloff.kernels.kernel import Kernel
 from falloff.kernels.needs import Needs, differentiable
 from falloff.kernels.trial import Trial
-from falloff.kernels.vendor.lists import from_order, in_order, kept, lists
+from falloff.kernels.vendor.lists import from_order, in_order, lists
 from falloff.kernels.vendor.probe import BY_NAME, HALVES, missing, unserved, wrong_blocks, wrong_type
 from falloff.plan import Plan
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from falloff.geometry import inverse
 from falloff.plan import BlockMap, Plan
-
-T = TypeVar("T")
 
 
 class Lists(NamedTuple):
@@ -58,15 +54,3 @@ def in_order(x_BHND: Tensor, order: Tensor | None) -> Tensor:
 def from_order(x_BHND: Tensor, order: Tensor | None) -> Tensor:
     """Tokens from a plan's order back to the caller's."""
     return x_BHND if order is None else in_order(x_BHND, inverse(order))
-
-
-_kept: WeakKeyDictionary[Plan, dict[Hashable, Any]] = WeakKeyDictionary()
-
-
-def kept(plan: Plan, key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` gives, made once and kept as long as the plan lives."""
-    made = _kept.setdefault(plan, {})
-    if key not in made:
-        made[key] = make()
-    value: T = made[key]
-    return value

@@ -1,0 +1,85 @@
+"""C++ of our own, compiled on the machine it runs on at its first use, and kept in the user's cache.
+
+Compiled for the vector instructions that PyTorch uses here, which ``ATEN_CPU_CAPABILITY`` can lower. Without a
+compiler there is a reason instead of a library; nothing is downloaded and nothing is needed to install falloff.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+COMPILERS = ("g++", "clang++", "c++")
+OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+VECTORS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+
+
+class CompileError(RuntimeError):
+    """Why there is no library, in one line."""
+
+
+@cache
+def library(source: Path) -> ctypes.CDLL | CompileError:
+    """The compiled source, loaded; found in the cache if the same compiler made it of the same files of its folder."""
+    try:
+        return ctypes.CDLL(str(_file(source)))
+    except CompileError as error:
+        return error
+    except OSError as error:
+        return CompileError(f"what was compiled cannot be kept or loaded: {error}; XDG_CACHE_HOME names another cache")
+
+
+def _file(source: Path) -> Path:
+    command = [*_compiler(), *OPTIONS, *_vector_options()]
+    mark = hashlib.sha256("\0".join([*command, _version(command[0])]).encode())
+    for file in sorted(source.parent.glob("*.?pp")):
+        mark.update(file.read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "falloff"
+    made = folder / f"{source.parent.name}-{mark.hexdigest()[:16]}.so"
+    if not made.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            part = Path(unfinished) / made.name
+            _run([*command, str(source), "-o", str(part)])
+            os.replace(part, made)  # at once, for processes that look for it at the same time
+    return made
+
+
+def _compiler() -> list[str]:
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    names = [chosen[0]] if chosen else COMPILERS
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise CompileError(f"no C++ compiler ({', '.join(names)}) was found; install one or set CXX")
+    return [found, *chosen[1:]]
+
+
+def _vector_options() -> tuple[str, ...]:
+    """Spelled out, not "native": a cache may be shared by machines."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return next((options for name, options in VECTORS.items() if capability.startswith(name)), ())
+
+
+def _version(compiler: str) -> str:
+    return _run([compiler, "--version"])
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        line = next((line for line in lines if "error" in line), lines[0] if lines else f"status {done.returncode}")
+        raise CompileError(f"{Path(command[0]).name} failed: {line}")
+    return done.stdout

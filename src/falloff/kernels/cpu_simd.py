@@ -1,0 +1,215 @@
+"""Block-sparse attention on CPUs in C++ of our own (simd/), compiled at its first use: forward and backward.
+
+PyTorch's operators reach their speed on long rows of contiguous keys; blocks must be gathered for them and short rows
+are dear. Here blocks are packed once a call and read in place, at the speed of dense attention.
+
+Forward, over the tiles of keys j that a query sees, in base 2: ``m = max(m, s_j)``, ``o = o 2^(m_old - m) +
+2^(s_j - m) v_j``; ``out = o / l`` and ``LSE = ln 2 (m + log2 l)``. Backward, with ``delta = rowsum(dO O)``:
+``p = exp(s - LSE)``, ``dS = p (dO V^T - delta + dLSE)``, ``dQ = scale dS K``, ``dK = scale dS^T Q``, ``dV = p^T dO``
+(Dao, 2023, "FlashAttention-2", section 3). No atomic sums: the same result whatever the threads.
+"""
+
+from __future__ import annotations
+
+from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from falloff.kernels.compiled import CompileError, library
+from falloff.kernels.kept import kept
+from falloff.kernels.needs import Needs
+from falloff.kernels.trial import Trial
+from falloff.plan import BlockMap, Plan
+
+SOURCE = Path(__file__).parent / "simd" / "attention.cpp"
+THREAD_WORK = 1 << 20
+"""Multiply-adds worth a thread of their own: tens of microseconds, as is starting it."""
+
+
+def attention(
+    plan: Plan, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, key_valid_BN: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As the reference, in float32 whatever the type. Differentiable through out and LSE."""
+    q, k, v = (_channels_together(x.float()) for x in (q_BHND, k_BHND, v_BHND))
+    out, lse = _Attention.apply(plan, scale, key_valid_BN, q, k, v)  # type: ignore[no-untyped-call]  # torch's
+    return out.to(q_BHND.dtype), lse
+
+
+def absent() -> str | None:
+    made = library(SOURCE)
+    return str(made) if isinstance(made, CompileError) else None
+
+
+def refuse(needs: Needs) -> str | None:
+    if needs.q_BHND.device.type != "cpu":
+        return f"it runs on CPUs, the tensors are on {needs.q_BHND.device}"
+    if needs.q_BHND.dtype == torch.float64:
+        return "it computes in float32, the tensors are torch.float64"
+    return None
+
+
+def trial() -> Trial:
+    return Trial(torch.device("cpu"), torch.float32, 64, 128, 128)
+
+
+class _Strided(Structure):
+    """float32 [B, H, N, D] or [B, H, N] with strides of the first three; no stride in D."""
+
+    _fields_ = (("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("token", c_int64))
+
+
+class _Side(Structure):
+    _fields_ = (
+        ("order", c_void_p),
+        ("first", c_void_p),
+        *((name, c_int64) for name in ("order_batch", "order_head", "first_batch", "first_head", "blocks", "tokens")),
+        ("valid", c_void_p),
+    )
+
+
+TENSORS = ("q", "k", "v", "d_out", "lse", "shift", "out", "d_q", "d_k", "d_v")
+
+
+class _Call(Structure):
+    """As in the C++."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "heads", "channels", "threads", "tasks", "panels")),
+        ("rows", _Side),
+        ("columns", _Side),
+        *((name, c_void_p) for name in ("start", "task", "at", "list")),
+        *((name, c_int64) for name in ("map_batch", "map_head")),
+        ("scale", c_float),
+        *((name, _Strided) for name in TENSORS),
+    )
+
+
+class Lists(NamedTuple):
+    """What a direction (rows and columns of a map) asks of a plan.
+
+    ``first``: where blocks of rows and of columns start, int64 [B|1, H|1, T + 1]. ``at``: the panel where each block of
+    columns starts, as wide as ``first``; ``panels`` of a head. ``task``: (batch entry, head, block of rows) as one
+    number, the longest first.
+    """
+
+    blocks: BlockMap
+    first: tuple[Tensor, Tensor]
+    at: Tensor
+    panels: int
+    task: Tensor
+
+
+def lists(plan: Plan, batch: int, heads: int, width: int, *, by_keys: bool) -> Lists:
+    """The lists of queries that see keys, or of keys that are seen by queries, for panels of ``width`` columns."""
+    blocks = plan.blocks.transposed if by_keys else plan.blocks
+    sizes = plan.q_sizes_BHT(), plan.kv_sizes_BHT()
+    rows, columns = reversed(sizes) if by_keys else sizes
+    at = _starts(-(-columns // width))
+    seen = columns.expand(*blocks.shape[:2], -1).flatten(0, 1)
+    pairs = torch.zeros(blocks.rows, dtype=torch.int64)
+    place = torch.div(blocks.row_ids, blocks.shape[2], rounding_mode="floor") * blocks.shape[3] + blocks.columns
+    pairs.index_add_(0, blocks.row_ids, seen.flatten()[place])
+    work = (pairs.view(blocks.shape[:3]) * rows).expand(batch, heads, -1).flatten()
+    task = work.argsort(descending=True, stable=True)
+    return Lists(blocks, (_starts(rows), _starts(columns)), at, int(at[..., -1].max()), task)
+
+
+def _starts(sizes_BHT: Tensor) -> Tensor:
+    return torch.nn.functional.pad(sizes_BHT.cumsum(-1), (1, 0))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, scale: float, valid: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+        _launch("falloff_forward", plan, scale, valid, {"q": q, "k": k, "v": v, "out": out, "lse": lse})
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale, ctx.valid = plan, scale, valid
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if d_out is None and d_lse is None:
+            return (None,) * 6
+        d_out = torch.zeros_like(out) if d_out is None else _channels_together(d_out)
+        shift = (d_out * out).sum(-1)
+        if d_lse is not None:
+            shift = shift - d_lse
+        given = {"q": q, "k": k, "v": v, "d_out": d_out, "lse": lse, "shift": shift}
+        grads = {f"d_{name}": torch.zeros_like(x) for name, x in zip("qkv", (q, k, v), strict=True)}
+        _launch("falloff_backward", ctx.plan, ctx.scale, ctx.valid, given | grads, by_keys=True)
+        return None, None, None, *grads.values()
+
+
+def _launch(
+    name: str, plan: Plan, scale: float, valid: Tensor | None, tensors: dict[str, Tensor], *, by_keys: bool = False
+) -> None:
+    """Call the C++. Everything it reads is held by the names here until it returns."""
+    made = library(SOURCE)
+    assert not isinstance(made, CompileError)  # else the kernel is absent
+    batch, heads, _, channels = tensors["q"].shape
+    width = made.falloff_width()
+    read = kept(
+        plan, ("cpu-simd", width, by_keys, batch, heads), lambda: lists(plan, batch, heads, width, by_keys=by_keys)
+    )
+    valid = None if valid is None else valid.contiguous()
+    orders = [None if order is None else order.contiguous() for order in (plan.q_order, plan.kv_order)]
+    queries, keys = (
+        _side(order, first, blocks, tokens)
+        for order, first, blocks, tokens in zip(
+            orders,
+            reversed(read.first) if by_keys else read.first,
+            plan.blocks.shape[2:],
+            (plan.q_len, plan.kv_len),
+            strict=True,
+        )
+    )
+    keys.valid = None if valid is None else valid.data_ptr()
+    call = _Call(batch=batch, heads=heads, channels=channels, panels=read.panels, scale=scale)
+    call.rows, call.columns = (keys, queries) if by_keys else (queries, keys)
+    call.tasks, call.task = read.task.numel(), read.task.data_ptr()
+    call.threads = _threads(plan, batch, heads, channels)
+    call.start, call.list, call.at = (x.data_ptr() for x in (read.blocks.start, read.blocks.columns, read.at))
+    map_batch, map_heads = plan.blocks.shape[:2]
+    call.map_batch, call.map_head = (0 if map_batch == 1 else map_heads), (0 if map_heads == 1 else 1)
+    for key, x in tensors.items():
+        setattr(call, key, _Strided(x.data_ptr(), *x.stride()[:3]))
+    run = getattr(made, name)
+    run.argtypes, run.restype = [POINTER(_Call)], None
+    run(byref(call))
+
+
+def _channels_together(x_BHND: Tensor) -> Tensor:
+    return x_BHND if x_BHND.stride(3) == 1 else x_BHND.contiguous()
+
+
+def _side(order: Tensor | None, first: Tensor, blocks: int, tokens: int) -> _Side:
+    side = _Side(first=first.data_ptr(), blocks=blocks, tokens=tokens)
+    side.first_batch, side.first_head = _lead_strides(first)
+    if order is not None:
+        side.order = order.data_ptr()
+        side.order_batch, side.order_head = _lead_strides(order)
+    return side
+
+
+def _lead_strides(x: Tensor) -> tuple[int, int]:
+    """How far batch entries and heads of [N] or contiguous [B|1, H|1, N] lie apart; 0 where they share."""
+    if x.ndim == 1:
+        return 0, 0
+    batch, head = (0 if n == 1 else step for n, step in zip(x.shape[:2], x.stride()[:2], strict=True))
+    return batch, head
+
+
+def _threads(plan: Plan, batch: int, heads: int, channels: int) -> int:
+    maps = plan.blocks.shape[0] * plan.blocks.shape[1]
+    work = plan.pairs * batch * heads // maps * channels
+    return min(torch.get_num_threads(), 1 + work // THREAD_WORK)
