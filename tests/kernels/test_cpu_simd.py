@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_what_holds_for_every_kernel_holds_at_every_width(capability: str, width
     probe = "from falloff.kernels import compiled, cpu_simd; print(compiled.library(cpu_simd.SOURCE).falloff_width())"
     said = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, check=True).stdout
     assert int(said) == width
-    files = [str(HERE / name) for name in ("test_run.py", "test_summary.py")]
+    files = [str(HERE / name) for name in ("test_run.py", "test_summary.py", "test_skip.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -141,9 +142,23 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, fresh: None, tmp_p
     assert [made.stat().st_mtime_ns] == [before]
 
 
+def test_without_a_home_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: exec('raise RuntimeError("no home directory")'))
+    assert "no home directory; XDG_CACHE_HOME names another cache" in str(cpu_simd.absent())
+
+
 def test_a_cache_that_cannot_be_written_is_a_reason(
     monkeypatch: pytest.MonkeyPatch, fresh: None, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert "XDG_CACHE_HOME names another cache" in str(cpu_simd.absent())
+
+
+def test_a_block_of_queries_that_no_tile_holds_is_not_left_out() -> None:
+    q = torch.zeros(1, 1, 300, 4)
+    plan = dataclasses.replace(dense_plan(300, 300, 150), skip=5.0)
+    with pytest.raises(UnsupportedError, match="query blocks of one size of at most 128 tokens"):
+        run(plan, q, q, q, impl="cpu-simd")
+    assert choose(plan, q).name == "cpu"

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_cases import EXACT, IMPLS, INTERPRETING, TOLERANCE, Case, cases, qkv, random_map, tensors, uniform_plan
+from kernel_cases import (
+    AUTO,
+    EXACT,
+    IMPLS,
+    INTERPRETING,
+    TOLERANCE,
+    Case,
+    cases,
+    qkv,
+    random_map,
+    tensors,
+    uniform_plan,
+)
 from torch import Tensor
 
 from falloff.kernels import UnsupportedError, choose, reference, run, skip, triton
@@ -245,11 +257,11 @@ def test_kernels_that_cannot_are_passed_over_and_refuse_by_name(monkeypatch: pyt
     plan = uniform_plan(torch.ones(3, 3, dtype=torch.bool), 48, 48, 16)
     assert choose(plan, q, needs_lse=False).name == "cpu-tile"
     choice = choose(skipping(plan, 5.0), q, needs_lse=False)
-    assert choice.name == "cpu"
+    assert choice.name == AUTO
     assert "leaves no blocks out while it computes" in dict(choice.skipped)["cpu-tile"]
     with pytest.raises(UnsupportedError, match="leaves no blocks out while it computes"):
         run(skipping(plan, 5.0), q, q, q, impl="cpu-tile")
-    varying = Plan(q_len=48, kv_len=48, q_sizes=16, kv_sizes=torch.tensor([8, 30, 10]), blocks=plan.blocks, skip=5.0)
+    varying = Plan(q_len=48, kv_len=48, q_sizes=torch.tensor([8, 30, 10]), kv_sizes=16, blocks=plan.blocks, skip=5.0)
     assert choose(varying, q).name == "reference"
     with pytest.raises(UnsupportedError, match="needs blocks of one size"):
         run(varying, q, q, q, impl="cpu")

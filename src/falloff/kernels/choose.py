@@ -28,6 +28,7 @@ OWN = (
         cpu_simd.attention,
         cpu_simd.absent,
         cpu_simd.refuse,
+        skips=True,
         trial=cpu_simd.trial,
     ),
     Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, cpu.refuse, skips=True),

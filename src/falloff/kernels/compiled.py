@@ -26,7 +26,7 @@ VECTORS = {
 }
 
 
-class CompileError(RuntimeError):
+class CompileError(Exception):
     """Why there is no library, in one line."""
 
 
@@ -37,7 +37,7 @@ def library(source: Path) -> ctypes.CDLL | CompileError:
         return ctypes.CDLL(str(_file(source)))
     except CompileError as error:
         return error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the second where there is no home
         return CompileError(f"what was compiled cannot be kept or loaded: {error}; XDG_CACHE_HOME names another cache")
 
 

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from falloff.kernels import skip
 from falloff.kernels.compiled import CompileError, library
 from falloff.kernels.kept import kept
 from falloff.kernels.needs import Needs
 from falloff.kernels.trial import Trial
-from falloff.plan import BlockMap, Plan
+from falloff.plan import BlockMap, Plan, Sizes
 
 SOURCE = Path(__file__).parent / "simd" / "attention.cpp"
+ROWS = 128
+"""Queries of a tile in the C++; a block is left out for all of its queries or for none."""
 THREAD_WORK = 1 << 20
 """Multiply-adds worth a thread of their own: tens of microseconds, as is starting it."""
 
@@ -49,7 +52,13 @@ def refuse(needs: Needs) -> str | None:
         return f"it runs on CPUs, the tensors are on {needs.q_BHND.device}"
     if needs.q_BHND.dtype == torch.float64:
         return "it computes in float32, the tensors are torch.float64"
+    if needs.plan.skip is not None and not _skips(needs.plan.q_sizes):
+        return f"to leave blocks out while it computes it needs query blocks of one size of at most {ROWS} tokens"
     return None
+
+
+def _skips(q_sizes: Sizes) -> bool:
+    return isinstance(q_sizes, int) and q_sizes <= ROWS
 
 
 def trial() -> Trial:
@@ -84,6 +93,8 @@ class _Call(Structure):
         *((name, c_void_p) for name in ("start", "task", "at", "list")),
         *((name, c_int64) for name in ("map_batch", "map_head")),
         ("scale", c_float),
+        ("skip", c_float),
+        ("protect", c_int64),
         *((name, _Strided) for name in TENSORS),
     )
 
@@ -175,6 +186,7 @@ def _launch(
     )
     keys.valid = None if valid is None else valid.data_ptr()
     call = _Call(batch=batch, heads=heads, channels=channels, panels=read.panels, scale=scale)
+    call.skip, call.protect = -1 if plan.skip is None else plan.skip, skip.PROTECTED
     call.rows, call.columns = (keys, queries) if by_keys else (queries, keys)
     call.tasks, call.task = read.task.numel(), read.task.data_ptr()
     call.threads = _threads(plan, batch, heads, channels)

@@ -44,7 +44,8 @@ struct Call {
   const int64_t *start, *task, *at;
   const int32_t *list;
   int64_t map_batch, map_head;
-  float scale;
+  float scale, skip;  // skip below 0: leave out nothing
+  int64_t protect;
   Tensor q, k, v, d_out, lse, shift, out, d_q, d_k, d_v;
 };
 }
@@ -113,7 +114,7 @@ void pack(const Call &c, Packed &into, const Tensor *const (&panels)[2], const T
 // What a thread computes with: a tile's rows (operands, sums), scores of a strip, and gradients of a tile's scores.
 struct Scratch {
   std::vector<int64_t> token;
-  Buffer left[2], sum[2], top, keys;
+  Buffer left[2], sum[2], top, keys, held;
   std::vector<Vec> total;
   alignas(64) float scores[2][STRIP * COLUMNS], slopes[ROWS * COLUMNS];
 };
@@ -138,17 +139,22 @@ void scatter(const Call &c, const Tensor &to, int64_t batch, int64_t head, const
   }
 }
 
-// Tiles of the columns that block `block` of a head's rows sees: `body(first slot, how many)`.
+// Blocks of columns that block `block` of a head's rows sees: `body(first slot, how many, blocks that follow)`.
 template <class Body>
-void columns(const Call &c, const Packed &packed, int64_t unit, int64_t block, Body body) {
+void listed(const Call &c, const Packed &packed, int64_t unit, int64_t block, Body body) {
   const int64_t batch = unit / c.heads, head = unit % c.heads;
   const int64_t *bounds = c.start + (batch * c.map_batch + head * c.map_head) * c.rows.blocks + block;
   const int64_t *at = panels_of(c, batch, head);
   for (int64_t i = bounds[0]; i < bounds[1]; i++) {
     const int64_t other = c.list[i], count = packed.count[unit * c.columns.blocks + other];
-    for (int64_t from = 0; from < count; from += COLUMNS)
-      body((unit * c.panels + at[other]) * W + from, std::min<int64_t>(COLUMNS, count - from));
+    body((unit * c.panels + at[other]) * W, count, bounds[1] - i - 1);
   }
+}
+
+// Tiles of a block: `body(offset, how many)`.
+template <class Body>
+void parts(int64_t count, Body body) {
+  for (int64_t from = 0; from < count; from += COLUMNS) body(from, std::min<int64_t>(COLUMNS, count - from));
 }
 
 // Scores of a strip to weights, by the largest score of each row so far; sums so far are shrunk where that grows.
@@ -177,6 +183,20 @@ void weigh(float *scores, int64_t count, float *top, Vec *total, float *sum, int
   }
 }
 
+// Whether no weight of a block would exceed 2^-skip of the largest so far; `scores` of its tiles, one after the other.
+bool too_late(const Call &c, const Scratch &x, const float *scores, int64_t count, int64_t seen) {
+  for (int64_t r = 0; r < count; r++) {
+    float most = -INF;
+    bool nan = false;
+    parts(seen, [&](int64_t from, int64_t n) {
+      const float *s = scores + from * ROWS + r * COLUMNS;
+      for (int64_t i = 0; i < n; i++) nan |= s[i] != s[i], most = s[i] > most ? s[i] : most;
+    });
+    if (nan || (most > -INF && !(most - x.top[r] + c.skip <= 0))) return false;
+  }
+  return true;
+}
+
 // Output and LSE of a tile of queries; see the Python side for the formulas.
 void attend(const Call &c, const Packed &keys, Scratch &x, int64_t unit, int64_t block, int64_t count) {
   const int64_t batch = unit / c.heads, head = unit % c.heads, width = wide(c), D = c.channels;
@@ -184,14 +204,31 @@ void attend(const Call &c, const Packed &keys, Scratch &x, int64_t unit, int64_t
   zeros(x.sum[0], up(count, PART) * width);
   std::fill_n(x.top.need(up(count, PART)), up(count, PART), -INF);
   x.total.assign(up(count, PART), Vec{});
-  columns(c, keys, unit, block, [&](int64_t slot, int64_t seen) {
-    const Right k{keys.panels[0] + slot * D, W, W * D}, v{keys.rows[0] + slot * width, width, W};
-    strips(count, [&](auto size, int64_t r) {
-      constexpr int R = decltype(size)::value;
-      float *scores = x.scores[0], *sum = x.sum[0] + r * width;
-      product<R, false>({x.left[0] + r * D, D, 1}, k, D, scores, COLUMNS, over(seen, W));
-      weigh<R>(scores, seen, x.top + r, &x.total[r], sum, width);
-      product<R, true>({scores, COLUMNS, 1}, v, seen, sum, width, width / W);
+  const auto score = [&](auto size, int64_t r, int64_t slot, int64_t seen, float *into) {
+    const Right k{keys.panels[0] + slot * D, W, W * D};
+    product<decltype(size)::value, false>({x.left[0] + r * D, D, 1}, k, D, into, COLUMNS, over(seen, W));
+  };
+  const auto take = [&](auto size, int64_t r, int64_t slot, int64_t seen, float *scores) {
+    constexpr int R = decltype(size)::value;
+    float *sum = x.sum[0] + r * width;
+    weigh<R>(scores, seen, x.top + r, &x.total[r], sum, width);
+    product<R, true>({scores, COLUMNS, 1}, {keys.rows[0] + slot * width, width, W}, seen, sum, width, width / W);
+  };
+  listed(c, keys, unit, block, [&](int64_t slot, int64_t all, int64_t later) {
+    float *held = nullptr;  // scores of a whole block that may be left out
+    if (c.skip >= 0 && later >= c.protect) {
+      held = x.held.need(up(all, COLUMNS) * ROWS);
+      parts(all, [&](int64_t from, int64_t seen) {
+        strips(count, [&](auto size, int64_t r) { score(size, r, slot + from, seen, held + from * ROWS + r * COLUMNS); });
+      });
+      if (too_late(c, x, held, count, all)) return;
+    }
+    parts(all, [&](int64_t from, int64_t seen) {
+      strips(count, [&](auto size, int64_t r) {
+        float *scores = held ? held + from * ROWS + r * COLUMNS : x.scores[0];
+        if (!held) score(size, r, slot + from, seen, scores);
+        take(size, r, slot + from, seen, scores);
+      });
     });
   });
   for (int64_t r = 0; r < count; r++) {
@@ -225,7 +262,7 @@ void differentiate_tile(const Call &c, const Packed &queries, const Buffer &d_q,
   gather(c, c.v, batch, head, x.token, count, D, 1, x.left[1]);
   gather(c, c.k, batch, head, x.token, count, width, 1, x.keys);
   for (Buffer &sum : x.sum) zeros(sum, up(count, PART) * width);
-  columns(c, queries, unit, block, [&](int64_t slot, int64_t seen) {
+  const auto tile = [&](int64_t slot, int64_t seen) {
     strips(count, [&](auto size, int64_t r) {
       constexpr int R = decltype(size)::value;
       float *s = x.scores[0], *dp = x.scores[1], *ds = x.slopes + r * COLUMNS;
@@ -243,6 +280,9 @@ void differentiate_tile(const Call &c, const Packed &queries, const Buffer &d_q,
       product<R, true>({x.slopes + r, 1, COLUMNS}, {x.keys + 0, width, W}, count, d_q + (slot + r) * width, width,
                        width / W);
     });
+  };
+  listed(c, queries, unit, block, [&](int64_t slot, int64_t all, int64_t) {
+    parts(all, [&](int64_t from, int64_t seen) { tile(slot + from, seen); });
   });
   scatter(c, c.d_k, batch, head, x.token, count, c.scale, x.sum[0] + 0);
   scatter(c, c.d_v, batch, head, x.token, count, 1, x.sum[1] + 0);
