@@ -1,6 +1,8 @@
 """``falloff train lora`` and ``sparse`` on a tiny checkpoint, and what is made with their output."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,6 +71,79 @@ def test_generate_and_compare_take_the_lora(falloff, checkpoint: Path, lora: Pat
         tmp_path / "page",
     )
     assert done.code == 0, done.err
+
+
+@pytest.mark.slow
+def test_both_experts_are_trained_and_used(falloff, clips: Path, tmp_path: Path) -> None:
+    """On two processes as one, and by every command that takes the LoRA."""
+    from falloff.evaluation import video
+
+    model, lora = tmp_path / "model", tmp_path / "lora"
+    saved("experts", model)
+    command = ["train", "lora", clips, "--model", model, *METHOD, *COMMON, "--batch", 2, "--output", lora]
+    done = on_two_processes([str(part) for part in command])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    assert {"pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"} <= {
+        file.name for file in lora.iterdir()
+    }
+    steps = [json.loads(line)["step"] for line in (lora / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 2]
+    common, videos = ("--model", model, "--frames", 5), []
+    for more in ((), ("--lora", lora / "pytorch_lora_weights.safetensors"), ("--lora", lora)):
+        target = tmp_path / f"{len(videos)}.mp4"
+        done = falloff("generate", "a fox", *common, "--method", lora / "recipe.yaml", *more, "--output", target)
+        assert done.code == 0, done.err
+        videos.append(video.read(target))
+    assert all((videos[i] != videos[j]).any() for i, j in ((0, 1), (1, 2), (0, 2)))
+    page = ("--lora", lora, "--methods", lora / "recipe.yaml", "--output", tmp_path / "page")
+    done = falloff("compare", "--prompt", "a fox", *common, *page)
+    assert done.code == 0, done.err
+
+
+def on_two_processes(command: list[str]) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; from falloff.cli import run; sys.exit(run({command!r}))"
+    source = str(Path(__file__).parents[2] / "src")
+    own = {"PYTHONPATH": source, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    return subprocess.run(
+        [*launch, sys.executable, "-c", code], env={**os.environ, **own}, capture_output=True, text=True, check=False
+    )
+
+
+def saved(kind: str, folder: Path) -> None:
+    """A checkpoint of ``worded_pipes``."""
+    import worded_pipes
+    from worded import SIZE
+
+    made = worded_pipes.experts() if kind == "experts" else worded_pipes.image_to_video(kind)
+    made.save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps({**SIZE, "fps": 8}))
+
+
+def test_image_to_video_is_trained_and_told_how_to_be_used(falloff, clips: Path, tmp_path: Path) -> None:
+    saved("2.2 5B", tmp_path / "model")
+    done = falloff(
+        *("train", "lora", clips, "--model", tmp_path / "model", *METHOD, *COMMON, "--output", tmp_path / "lora")
+    )
+    assert done.code == 0, done.err
+    told = f"with falloff.training.loaded(pipe, {str(tmp_path / 'lora')!r}), falloff.using(pipe, falloff.Recipe.load("
+    assert told in done.out
+    assert "falloff generate" not in done.out
+
+
+def test_a_model_tells_its_size_where_the_pipeline_does_not(falloff, clips: Path, tmp_path: Path) -> None:
+    from tiny_cogvideox import cogvideox
+
+    cogvideox().save_pretrained(tmp_path / "model")
+    steps = ("--inference-steps", 2, "--samples", 0)
+    done = falloff(
+        *("train", "lora", clips, "--model", tmp_path / "model", *METHOD, *COMMON, *steps, "--output", tmp_path / "out")
+    )
+    assert done.code == 0, done.err
+    recipe = (tmp_path / "out" / "recipe.yaml").read_text()
+    for told in ("frames: 5", "height: 32", "width: 32", "trained_grid_frames: 3"):
+        assert told in recipe
 
 
 def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: Path) -> None:

@@ -169,6 +169,14 @@ RUNS: dict[str, Run] = {
         branches=TOGETHER,
         scheduler=diffusers.CogVideoXDDIMScheduler,
     ),
+    "CogVideoX 1.5": Run(
+        pipeline="CogVideoXPipeline",
+        arguments={**text("prompt_embeds", kind=embeds), **VIDEO},
+        branches=TOGETHER,
+        scheduler=diffusers.CogVideoXDDIMScheduler,
+        family="CogVideoX",
+        more={"patch_size_t": 2, "patch_bias": False},
+    ),
     "LTX": Run(
         pipeline="LTXPipeline",
         arguments={

@@ -1,29 +1,39 @@
 """Every family as its own pipeline runs it: the transformer's arguments, the noise levels, the sign of the velocity."""
 
+import copy
 import inspect
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1]))
 from hosts.test_pipelines import RUNS, Part
 from hosts.test_pipelines import pipeline as tiny_pipeline
-from tiny import TEXT, Frames, t2v
+from tiny import TEXT, Frames, scheduler, t2v
 
 import falloff
 from falloff.training import TrainingError, adapter
 from falloff.training.families import family_of
-from falloff.training.objective import Sample, flow_of, point_at, velocity
+from falloff.training.family import Sample
+from falloff.training.noising import Noising, noising_of
+from falloff.training.objective import point_at, velocity
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi asks for float32, which the CPU has anyway
 STEPS = 4
-NAMES = ("Wan", "HunyuanVideo", "Mochi", "LTX")
+NAMES = ("Wan", "SkyReels-V2", "HunyuanVideo", "Mochi", "LTX", "CogVideoX", "CogVideoX 1.5", "Kandinsky 5")
+DIFFUSION = CogVideoXDDIMScheduler(
+    prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
+)
+"""As the checkpoints of CogVideoX have it."""
 
 
 def pipe_and_call(name: str) -> tuple[Any, dict[str, Any]]:
@@ -34,16 +44,34 @@ def pipe_and_call(name: str) -> tuple[Any, dict[str, Any]]:
         return t2v(scheduler_name="euler"), {"prompt_embeds": torch.randn(1, 4, TEXT, generator=generator), **size}
     run = RUNS[name]
     kept = {key: value for key, value in run.arguments.items() if "negative" not in key and key != "true_cfg_scale"}
-    return tiny_pipeline(name), {**kept, "guidance_scale": 6.0 if name == "HunyuanVideo" else 1.0}
+    pipe = tiny_pipeline(name)
+    if name.startswith("CogVideoX"):
+        pipe.scheduler = copy.deepcopy(DIFFUSION)
+    if name == "SkyReels-V2":
+        pipe.scheduler = scheduler("euler")  # its own tells whole timesteps
+    return pipe, {**kept, "guidance_scale": 6.0 if name == "HunyuanVideo" else 1.0}
+
+
+def answers(noising: Noising, sign: int, clean: Tensor, noise: Tensor) -> Callable[..., Any]:
+    """A forward that puts out the target at every one of the sampler's levels, one after the other."""
+    aims = iter([noising.aim(level) for level in noising.levels])
+
+    def forward(**kwargs: Any) -> Any:
+        of_clean, of_noise = next(aims)
+        return Transformer2DModelOutput(sample=sign * (of_clean * clean + of_noise * noise))
+
+    return forward
 
 
 def recorded(name: str) -> tuple[Any, dict[str, Any], list[dict[str, Any]], list[Tensor]]:
     """A pipeline, its call, and what its transformer was given and what latents there were, step by step."""
     pipe, call = pipe_and_call(name)
     given: list[dict[str, Any]] = []
-    handle = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append(dict(kwargs)), with_kwargs=True
-    )
+
+    def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        given.append({**kwargs, "hidden_states": kwargs["hidden_states"].clone()})  # Kandinsky's goes on in place
+
+    handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     pipe(**call, num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(1))
     handle.remove()
     return pipe, call, given, [each["hidden_states"] for each in given]
@@ -52,10 +80,17 @@ def recorded(name: str) -> tuple[Any, dict[str, Any], list[dict[str, Any]], list
 def encoded(pipe: Any, call: dict[str, Any]) -> None:
     """``encode_prompt`` hands on the embeddings of the call, in its own order, instead of running text encoders."""
     embeds = {key: value for key, value in call.items() if "prompt" in key}
+    if "prompt_cu_seqlens" in embeds:  # Kandinsky's takes none
+        pipe.encode_prompt = lambda caption, max_sequence_length: tuple(embeds.values())
+        return
     pipe.encode_prompt = partial(pipe.encode_prompt, **embeds)
 
 
 def latent_size(name: str, pipe: Any, hidden: Tensor, call: dict[str, Any]) -> tuple[int, int, int]:
+    if name.startswith("CogVideoX"):
+        return hidden.shape[1], *hidden.shape[3:]
+    if name == "Kandinsky 5":
+        return tuple(hidden.shape[1:4])
     if name != "LTX":
         return tuple(hidden.shape[2:])
     spatial = pipe.vae_spatial_compression_ratio
@@ -67,18 +102,19 @@ def latent_size(name: str, pipe: Any, hidden: Tensor, call: dict[str, Any]) -> t
 def test_arguments_and_levels_are_those_of_the_pipeline(name: str) -> None:
     pipe, call, given, hidden = recorded(name)
     family = family_of(pipe)
-    flow = flow_of(pipe, family, STEPS, call)
+    noising = noising_of(pipe, family, STEPS, call)
     size = latent_size(name, pipe, hidden[0], call)
     encoded(pipe, call)
     text = family.text(pipe, "a fox", {})
     assert len(given) == STEPS
-    for level, theirs in zip(flow.levels, given, strict=True):
-        ours = {**family.inputs(pipe, theirs["hidden_states"], torch.tensor([level]), size, call), **text}
+    sample = Sample(hidden[0], size, text)
+    for level, theirs in zip(noising.levels, given, strict=True):
+        ours = {**family.inputs(pipe, theirs["hidden_states"], torch.tensor([level]), sample, call), **text}
         expected = {key: value for key, value in theirs.items() if value is not None and key != "return_dict"}
         assert set(ours) == set(expected)
         for key, value in ours.items():
-            if isinstance(value, Tensor):
-                torch.testing.assert_close(value.float(), expected[key].float(), atol=2e-3, rtol=1e-5)
+            if isinstance(value, Tensor | tuple | list) and key != "rope_interpolation_scale":
+                torch.testing.assert_close(value, expected[key], atol=2e-3, rtol=1e-5, check_dtype=False)
             else:
                 assert value == expected[key]
 
@@ -88,12 +124,11 @@ def test_the_velocity_leads_the_pipeline_to_the_clean_latent(name: str) -> None:
     """A transformer that puts out our target, in the family's sign, makes the pipeline end at x_0."""
     pipe, call, _, hidden = recorded(name)
     family = family_of(pipe)
-    flow = flow_of(pipe, family, STEPS, call)
+    noising = noising_of(pipe, family, STEPS, call)
     generator = torch.Generator().manual_seed(2)
     clean = torch.randn(hidden[0].shape, generator=generator)
-    assert flow.levels[0] == pytest.approx(1)
-    noise = hidden[0]
-    pipe.transformer.forward = lambda **kwargs: (family.velocity * (noise - clean),)
+    assert noising.levels[0] == pytest.approx(1)
+    pipe.transformer.forward = answers(noising, family.velocity, clean, hidden[0])
     final = torch.zeros(())
     step = pipe.scheduler.step
 
@@ -108,9 +143,13 @@ def test_the_velocity_leads_the_pipeline_to_the_clean_latent(name: str) -> None:
     torch.testing.assert_close(final, clean, atol=1e-3, rtol=1e-3)
     size = latent_size(name, pipe, clean, call)
     sample = Sample(clean, size, {})
-    point = point_at(sample, 0.4, generator)
-    pipe.transformer.forward = lambda **kwargs: (family.velocity * (point.noise - clean),)
-    torch.testing.assert_close(velocity(pipe, family, pipe.transformer, flow, point, call), point.target)
+    point = point_at(sample, noising, 0.4, generator)
+    pipe.transformer.forward = lambda **kwargs: (family.velocity * point.target,)
+    torch.testing.assert_close(velocity(pipe, family, pipe.transformer, point, call), point.target)
+
+
+CHANNELS = {"LTX": 2, "CogVideoX": 2, "CogVideoX 1.5": 2, "Kandinsky 5": 4}
+"""Where the channels are, where they do not come first."""
 
 
 class Decoding(Exception):
@@ -119,7 +158,7 @@ class Decoding(Exception):
 
 def statistics(name: str, channels: int) -> dict[str, Any]:
     """Mochi's pipeline reads statistics for 12 channels only, which the tiny one has not."""
-    if name in ("HunyuanVideo", "Mochi"):
+    if name not in ("Wan", "SkyReels-V2", "LTX"):
         return {"latents_mean": None, "latents_std": None}
     mean, std = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
     return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
@@ -130,8 +169,9 @@ def test_the_pipeline_decodes_what_was_encoded(name: str) -> None:
     """Latents as the family makes them are turned back into the autoencoder's own before they are decoded."""
     pipe, call, _, hidden = recorded(name)
     family = family_of(pipe)
-    size = latent_size(name, pipe, hidden[0], call)
-    channels = hidden[0].shape[1] if name != "LTX" else hidden[0].shape[2]
+    frames, *rest = latent_size(name, pipe, hidden[0], call)
+    size = frames - (name == "CogVideoX 1.5"), *rest  # which has two frames to a patch, and the first one twice
+    channels = hidden[0].shape[CHANNELS.get(name, 1)]
     raw = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(3))
 
     def decode(latents: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +183,7 @@ def test_the_pipeline_decodes_what_was_encoded(name: str) -> None:
     place = {"dtype": torch.float32, "device": torch.device("cpu"), "modules": lambda: iter(())}
     pipe.vae = Part(config=config, decode=decode, **place, **tensors)
     clean = family.latents(pipe, raw)
-    pipe.transformer.forward = lambda **kwargs: (family.velocity * (hidden[0] - clean),)
+    pipe.transformer.forward = answers(noising_of(pipe, family, STEPS, call), family.velocity, clean, hidden[0])
     with pytest.raises(Decoding) as caught:
         pipe(**call, num_inference_steps=STEPS, output_type="pt", generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(caught.value.args[0], raw, atol=1e-3, rtol=1e-3)
@@ -155,11 +195,11 @@ def test_a_lora_trains_and_loads(name: str, tmp_path: Path) -> None:
     pipe, call, _, hidden = recorded(name)
     encoded(pipe, call)
     family = family_of(pipe)
-    flow, size = flow_of(pipe, family, STEPS, call), latent_size(name, pipe, hidden[0], call)
+    noising, size = noising_of(pipe, family, STEPS, call), latent_size(name, pipe, hidden[0], call)
     text = {key: value.detach() for key, value in family.text(pipe, "a fox", {}).items()}
-    point = point_at(Sample(torch.randn_like(hidden[0]), size, text), 0.4, torch.Generator().manual_seed(1))
+    point = point_at(Sample(torch.randn_like(hidden[0]), size, text), noising, 0.4, torch.Generator().manual_seed(1))
     with falloff.using(pipe, Frames()), adapter.adapted(pipe.transformer, 2, 0) as parameters:
-        velocity(pipe, family, pipe.transformer, flow, point, call).square().sum().backward()
+        velocity(pipe, family, pipe.transformer, point, call).square().sum().backward()
         assert {call.reason for call in falloff.report(pipe).calls} == {None}
         silent = [key for key, p in parameters.items() if "lora_B" in key and not (p.grad is not None and p.grad.any())]
         # the last layer's text leads to no output
@@ -168,32 +208,54 @@ def test_a_lora_trains_and_loads(name: str, tmp_path: Path) -> None:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
         adapter.save(pipe, tmp_path)
     with torch.no_grad():
-        tuned = velocity(pipe, family, pipe.transformer, flow, point, call)
+        tuned = velocity(pipe, family, pipe.transformer, point, call)
         pipe.unload_lora_weights()
-        plain = velocity(pipe, family, pipe.transformer, flow, point, call)
+        plain = velocity(pipe, family, pipe.transformer, point, call)
         with adapter.loaded(pipe, tmp_path):
-            torch.testing.assert_close(velocity(pipe, family, pipe.transformer, flow, point, call), tuned)
+            torch.testing.assert_close(velocity(pipe, family, pipe.transformer, point, call), tuned)
     assert not torch.allclose(tuned, plain, atol=1e-3)
 
 
 def test_documented_arguments_of_encode_prompt_exist() -> None:
     import diffusers
 
-    for name in ("WanPipeline", "MochiPipeline", "LTXPipeline"):
+    for name in ("WanPipeline", "MochiPipeline", "LTXPipeline", "CogVideoXPipeline"):
         known = inspect.signature(getattr(diffusers, name).encode_prompt).parameters
         assert {"do_classifier_free_guidance", "max_sequence_length"} <= set(known)
 
 
 def test_other_pipelines_are_refused() -> None:
-    with pytest.raises(TrainingError, match=r"CogVideoXPipeline cannot be trained here; .*HunyuanVideoPipeline"):
-        family_of(tiny_pipeline("CogVideoX"))
+    with pytest.raises(TrainingError, match=r"AllegroPipeline cannot be trained here; .*HunyuanVideoPipeline"):
+        family_of(tiny_pipeline("Allegro"))
+    pipe = tiny_pipeline("CogVideoX")
+    with pytest.raises(TrainingError, match="CogVideoXDDIMScheduler with prediction_type='epsilon' is no diffusion"):
+        noising_of(pipe, family_of(pipe), STEPS, {})
+
+
+def test_kandinsky_leaves_the_place_of_a_picture_empty() -> None:
+    pipe, call = pipe_and_call("Kandinsky 5")
+    config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    pipe.transformer = type(pipe.transformer)(**{**config, "visual_cond": True}).eval()
+    given = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    pipe(**call, num_inference_steps=1, output_type="latent")
+    noised = given[0][..., :4]
+    sample = Sample(noised, tuple(noised.shape[1:4]), {})
+    ours = family_of(pipe).inputs(pipe, noised, torch.tensor([1.0]), sample, call)["hidden_states"]
+    assert ours.shape[-1] == 9
+    assert torch.equal(ours, given[0])
+    pipe.transformer.register_to_config(attention_type="nabla")
+    with pytest.raises(TrainingError, match="Kandinsky5T2VPipeline cannot be trained: its attention is sparse already"):
+        family_of(pipe)
 
 
 def test_one_level_for_all_tokens_is_one_level() -> None:
     """Wan 2.2 5B is told the level of every token, which are all the same in text to video."""
     pipe = t2v()
     noised, text = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 4, TEXT)
-    given = family_of(pipe).inputs(pipe, noised, torch.tensor([0.3]), (3, 8, 8), {})
+    given = family_of(pipe).inputs(pipe, noised, torch.tensor([0.3]), Sample(noised, (3, 8, 8), {}), {})
     with torch.no_grad():
         ours = pipe.transformer(**given, encoder_hidden_states=text, return_dict=False)[0]
         given["timestep"] = given["timestep"].expand(1, 3 * 4 * 4)

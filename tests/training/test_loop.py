@@ -1,5 +1,6 @@
 """The loop: every chance from the seed, every step resumable, the same on one process and many."""
 
+import itertools
 import json
 import os
 import socket
@@ -65,6 +66,23 @@ def test_an_interrupted_training_ends_bit_for_bit_as_an_uninterrupted_one(
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     assert [entry["step"] for entry in log(tmp_path / "whole") if "validation" in entry] == [0, 2, 4, 6, 7]
+
+
+def test_what_a_step_says_nothing_of_stays_as_it_is(tmp_path: Path) -> None:
+    """Neither the momentum of earlier steps nor weight decay moves it."""
+    parameters = weights()
+    seen = [{name: p.detach().clone() for name, p in parameters.items()}]
+
+    def loss(number: int, generator: torch.Generator) -> torch.Tensor:
+        return (parameters["w" if number % 2 else "b"] - 2).square().sum()
+
+    def on_step(now) -> None:
+        seen.append({name: p.detach().clone() for name, p in parameters.items()})
+
+    train(parameters, loss, replace(COURSE, batch=1), tmp_path, Accelerator(cpu=True), identity={}, on_step=on_step)
+    for number, (before, after) in enumerate(itertools.pairwise(seen)):
+        still = {name for name in parameters if torch.equal(before[name], after[name])}
+        assert still == {"b" if number % 2 else "w"}
 
 
 def test_a_finished_training_can_be_made_longer(tmp_path: Path) -> None:

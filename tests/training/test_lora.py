@@ -7,17 +7,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_clips import write_clip
 
 import falloff
 from falloff import Recipe, Schedule
-from falloff.training import Course, Lora, Size, TrainingError, train_lora
+from falloff.training import Course, Lora, Size, TrainingError, studio, train_lora
 from falloff.training.adapter import NAME, RECIPE, WEIGHTS, loaded, projections
 
 SIZE = Size(frames=9, height=32, width=32)
@@ -246,6 +248,16 @@ def test_nothing_is_written_for_data_that_cannot_be_used(pipe, tmp_path: Path) -
     with pytest.raises(TrainingError, match="2 clips are to be kept for validation, and there are 1"):
         tune(pipe, folder, output)
     assert not output.exists()
+
+
+def test_a_model_that_is_to_be_shared_out_is_refused(
+    pipe, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process would train all of it, which is not what was asked for."""
+    started = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(studio, "Accelerator", lambda **settings: started)
+    with pytest.raises(TrainingError, match=r"started with FSDP, .* whole model in every process; .*--multi_gpu"):
+        tune(pipe, clips, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from falloff import Recipe, Schedule
 from falloff.training import Course, Size, Sparse, TrainingError, train_lora, train_sparse
 from falloff.training.adapter import RECIPE, WEIGHTS
 from falloff.training.lora import Lora
-from falloff.training.sparse import BRANCHES, TRANSFORMER, eased
+from falloff.training.noising import FIRST
+from falloff.training.sparse import BRANCHES, eased
 
 SIZE = Size(frames=9, height=32, width=32)
 SPARSE = Sparse(size=SIZE, rank=4, validation=2, samples=0)
@@ -82,7 +83,7 @@ def test_the_full_model_is_tuned_towards_its_former_self(pipe, clips: Path, tmp_
     first, last = (entry["validation"] for entry in entries(tmp_path) if "validation" in entry)
     assert last < 0.94 * first
     assert not torch.equal(pipe.transformer.blocks[0].ffn.net[2].weight, before["blocks.0.ffn.net.2.weight"])
-    again = WanTransformer3DModel.from_pretrained(tmp_path / TRANSFORMER)
+    again = WanTransformer3DModel.from_pretrained(tmp_path / FIRST)
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, pipe.transformer.get_parameter(name))
     assert not (tmp_path / WEIGHTS).exists()

@@ -14,11 +14,11 @@ SECONDS_BETWEEN_LINES = 10.0
 class Steps:
     """Shows "step x of y" and the time left on stderr, while in a ``with`` block.
 
-    ``unit``: what is counted; empty where that changes with what is going on.
+    ``unit``: what is counted; empty where that changes with what is going on. ``quiet``: show nothing.
     """
 
-    def __init__(self, doing: str, unit: str = "step") -> None:
-        self._console = Console(stderr=True)
+    def __init__(self, doing: str, unit: str = "step", *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
         self._doing, self._unit, self._total = doing, unit, 0
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -70,6 +70,5 @@ def lora(
             fps=bench.fps,
             progress=bench.progress,
         )
-    typer.echo(f"{'wrote':<18}{output}: the LoRA, its recipe.yaml, log.jsonl and samples")
-    recipe, same = output / "recipe.yaml", train.options_of(bench, model)
-    typer.echo(f"{'try it':<18}falloff generate PROMPT --lora {output} --method {recipe} {same}")
+    train.say("wrote", f"{output}: the LoRA, its recipe.yaml, log.jsonl and samples")
+    train.say_how_to_use(bench, model, output, lora=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +66,13 @@ class Bench:
     fps: float
     progress: Callable[[str, int, int], None]
 
+    @property
+    def transformers(self) -> list[Any]:
+        """One, or two that share the noise levels."""
+        from falloff import api
+
+        return [model for name in api.TRANSFORMERS if (model := getattr(self.pipe, name, None)) is not None]
+
 
 @contextmanager
 def bench(
@@ -89,7 +98,7 @@ def bench(
     from falloff.cli import pipeline
     from falloff.recipe import Recipe, RecipeError
 
-    with pipeline.quiet(), Steps(f"loading {checkpoint.name}", unit="") as progress:
+    with pipeline.quiet(), Steps(f"loading {checkpoint.name}", unit="", quiet=not _first()) as progress:
         pipe = pipeline.load(checkpoint)
         with pipeline.running(), told(OSError, RecipeError):
             way = chosen.method
@@ -98,6 +107,28 @@ def bench(
                 way = way.method
             size, usual = _size(pipe, call), _size(pipe, checkpoint.defaults)
             yield Bench(pipe, way, chosen.schedule, call, size, usual, checkpoint.fps, _shown(progress))
+
+
+def say(label: str, text: str) -> None:
+    """A line of the result."""
+    if _first():
+        typer.echo(f"{label:<18}{text}")
+
+
+def say_how_to_use(bench: Bench, model: str | None, output: Path, *, lora: bool) -> None:
+    """A command, or where a picture is to be given, which no command takes, what to write."""
+    recipe = output / "recipe.yaml"
+    if "image" in inspect.signature(bench.pipe.__call__).parameters:
+        loads = f"falloff.training.loaded(pipe, {str(output)!r}), " if lora else ""
+        say("in Python", f"with {loads}falloff.using(pipe, falloff.Recipe.load({str(recipe)!r})): pipe(...)")
+        return
+    given = f" --lora {output}" if lora else ""
+    say("try it", f"falloff generate PROMPT{given} --method {recipe} {options_of(bench, model)}")
+
+
+def _first() -> bool:
+    """Whether this process is to speak: of those that accelerate or torchrun started, one is."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _shown(progress: Steps) -> Callable[[str, int, int], None]:
@@ -125,12 +156,15 @@ def precision_of(text: str | None) -> Any:
 
 
 def _size(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
-    """Frames, height and width of a pipeline call, by the pipeline's own defaults where it has some."""
+    """Frames, height and width of a pipeline call, by the defaults of the pipeline or, as CogVideoX has them, of its
+    transformer."""
     from falloff.evaluation import generate
 
+    config, spatial = pipe.transformer.config, getattr(pipe, "vae_scale_factor_spatial", 1)
+    sizes = (("num_frames", "frames", 1), ("height", "height", spatial), ("width", "width", spatial))
     found = {}
-    for name, label in (("num_frames", "frames"), ("height", "height"), ("width", "width")):
-        value = call.get(name) or generate.default(pipe, name)
+    for name, label, scale in sizes:
+        value = call.get(name) or generate.default(pipe, name) or scale * config.get(f"sample_{label}", 0) or None
         if not isinstance(value, int):
             raise CommandError(f"{type(pipe).__name__} has no size of its own; give --{label}", USAGE)
         found[label] = value

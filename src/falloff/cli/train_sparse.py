@@ -77,7 +77,8 @@ def sparse(
             steps=steps, batch=batch, rate=rate, ema=ema, seed=seed, save_every=save_every, check_every=check_every
         )
         if backbone == "full":
-            bench.pipe.transformer.float()  # what is trained, is trained in single precision
+            for transformer in bench.transformers:
+                transformer.float()  # what is trained, is trained in single precision
         train_sparse(
             bench.pipe,
             videos,
@@ -93,10 +94,9 @@ def sparse(
             fps=bench.fps,
             progress=bench.progress,
         )
-    typer.echo(f"{'wrote':<18}{output}: what was trained, its recipe.yaml, log.jsonl and samples")
-    recipe, same = output / "recipe.yaml", train.options_of(bench, model)
+    train.say("wrote", f"{output}: what was trained, its recipe.yaml, log.jsonl and samples")
     if aim == "output":
-        typer.echo(f"{'second stage':<18}falloff train sparse {videos} --method {recipe} --start {output} {same}")
+        recipe, same = output / "recipe.yaml", train.options_of(bench, model)
+        train.say("second stage", f"falloff train sparse {videos} --method {recipe} --start {output} {same}")
     elif backbone != "full":
-        lora = f" --lora {output}" if backbone == "lora" else ""
-        typer.echo(f"{'try it':<18}falloff generate PROMPT{lora} --method {recipe} {same}")
+        train.say_how_to_use(bench, model, output, lora=backbone == "lora")

@@ -14,10 +14,17 @@ from falloff.hosts import host_for
 from falloff.recipe import Recipe, RecipeError
 from falloff.training.errors import TrainingError
 from falloff.training.length import riflex
+from falloff.training.noising import FIRST, SECOND
 
 NAME = "falloff"
-WEIGHTS, RECIPE = "pytorch_lora_weights.safetensors", "recipe.yaml"
-"""What diffusers calls the weights of a LoRA, and what lies beside ours."""
+WEIGHTS, SECOND_WEIGHTS, RECIPE = (
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights_2.safetensors",
+    "recipe.yaml",
+)
+"""What diffusers calls the weights of a LoRA, and what lies beside ours: the LoRA of a second transformer, which
+diffusers loads from a file of its own alone, and the recipe."""
+FILES = {FIRST: WEIGHTS, SECOND: SECOND_WEIGHTS}
 
 
 def projections(model: nn.Module) -> list[str]:
@@ -61,6 +68,22 @@ def adapted(model: Any, rank: int, seed: int) -> Iterator[dict[str, nn.Parameter
             parameter.requires_grad_(before)
 
 
+@contextmanager
+def all_adapted(models: Mapping[str, Any], rank: int, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+    """``adapted`` for every transformer of a pipeline, by the pipeline's names for them."""
+    with ExitStack() as left:
+        parameters = {}
+        for number, (expert, model) in enumerate(models.items()):
+            own = left.enter_context(adapted(model, rank, seed + number))
+            parameters.update(of_expert(expert, own))
+        yield parameters
+
+
+def of_expert(expert: str, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Parameters by names that no other transformer of the pipeline has."""
+    return {name if expert == FIRST else f"{expert}.{name}": p for name, p in parameters.items()}
+
+
 def _take_off(model: Any) -> None:
     """Our LoRA; with the last of them the layers are the model's own again."""
     adapters = getattr(model, "peft_config", {})
@@ -71,13 +94,17 @@ def _take_off(model: Any) -> None:
 
 
 def save(pipe: Any, folder: Path) -> None:
-    """Write the LoRA as ``pipe.load_lora_weights`` reads it, beside its place first."""
+    """Write the LoRA of every transformer as ``pipe.load_lora_weights`` reads it, beside its place first."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(pipe.transformer, adapter_name=NAME)
-    beside = f"{WEIGHTS}.part"
-    pipe.save_lora_weights(folder, transformer_lora_layers=state, weight_name=beside)
-    (folder / beside).replace(folder / WEIGHTS)
+    for expert, file in FILES.items():
+        model = getattr(pipe, expert, None)
+        if NAME not in getattr(model, "peft_config", {}):
+            continue
+        state = get_peft_model_state_dict(model, adapter_name=NAME)
+        beside = f"{file}.part"
+        pipe.save_lora_weights(folder, transformer_lora_layers=state, weight_name=beside)
+        (folder / beside).replace(folder / file)
 
 
 @contextmanager
@@ -85,26 +112,51 @@ def loaded(pipe: Any, source: str | Path) -> Iterator[None]:
     """A pipeline with a LoRA, of ours or another, by ``pipe.load_lora_weights``; and with the positions it was
     trained for, where a recipe beside it tells them.
 
+    A folder with a LoRA for a second transformer has that loaded too; a file is the LoRA of the first, or the second's
+    where its name is ours for that.
+
     Raises ``TrainingError`` for what is no LoRA, or the LoRA of another model.
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise TrainingError(f"{type(pipe).__name__} loads no LoRA")
-    file = _file(Path(source))
-    _check(_shapes(file), pipe.transformer, file)
+    files = _files(Path(source))
+    for expert, file in files.items():
+        if (model := getattr(pipe, expert, None)) is None:
+            raise TrainingError(f"{file} is for a second transformer, which this {type(pipe).__name__} does not have")
+        _check(_shapes(file), model, file)
     with ExitStack() as left:
-        try:
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=NAME)
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:  # its converters raise whatever they meet
-            raise TrainingError(f"diffusers cannot load {file} into {type(pipe).__name__}: {error}") from error
-        left.callback(pipe.unload_lora_weights)
-        positions = _positions(file.parent / RECIPE)
-        if positions.get("rope") == "riflex":
-            left.enter_context(riflex(pipe.transformer, positions["trained_grid_frames"], positions["grid_frames"]))
+        for expert, file in files.items():
+            _load(pipe, expert, file)
+            left.callback(pipe.unload_lora_weights)
+        _move(pipe, file.parent / RECIPE, left)
         yield
 
 
-def _file(source: Path) -> Path:
-    file = source / WEIGHTS if source.is_dir() else source
+def _load(pipe: Any, expert: str, file: Path) -> None:
+    second = {} if expert == FIRST else {f"load_into_{expert}": True}
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=NAME, **second)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:  # its converters raise whatever they meet
+        raise TrainingError(f"diffusers cannot load {file} into {type(pipe).__name__}: {error}") from error
+
+
+def _move(pipe: Any, recipe: Path, left: ExitStack) -> None:
+    """Give every transformer the positions that a recipe tells, until ``left`` is left."""
+    positions = _positions(recipe)
+    if positions.get("rope") == "riflex":
+        for model in filter(None, (getattr(pipe, expert, None) for expert in FILES)):
+            left.enter_context(riflex(model, positions["trained_grid_frames"], positions["grid_frames"]))
+
+
+def _files(source: Path) -> dict[str, Path]:
+    """The files of a LoRA by the transformer that each is for; the first's is there, or the error says what is."""
+    if not source.is_dir():
+        return {SECOND if source.name == SECOND_WEIGHTS else FIRST: _file(source, source)}
+    first, second = _file(source, source / WEIGHTS), source / SECOND_WEIGHTS
+    return {FIRST: first, **({SECOND: second} if second.is_file() else {})}
+
+
+def _file(source: Path, file: Path) -> Path:
     if file.is_file():
         return file
     if (source / RECIPE).is_file():

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from falloff.evaluation import files
 from falloff.training.data import Clip, Fault, read_frames, refuse, words
-from falloff.training.families import Family, Text
-from falloff.training.objective import Sample
+from falloff.training.family import Family, Sample
 
 FORMAT = 1
 """Raised when the content of a file changes its meaning."""
-TEXT = "text."
+TEXT, IMAGE = "text.", "image."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +40,23 @@ class Size:
 
 @dataclass(frozen=True)
 class Cache:
-    """Files of the clips, in their order, and the file of the empty caption."""
+    """Files of the clips, in their order, and the file of the empty caption; how many latent frames are given."""
 
     clips: tuple[Path, ...]
     empty: Path
+    given: int = 0
 
     def sample(self, index: int, device: torch.device, *, captioned: bool = True) -> Sample:
         """A clip, with its own caption or none, on a device."""
         content = _read(self.clips[index])
-        text = _text(content if captioned else _read(self.empty))
+        text = _named(TEXT, content if captioned else _read(self.empty))
         frames, height, width = content["size"].tolist()
         return Sample(
-            content["latents"].to(device), (frames, height, width), {name: x.to(device) for name, x in text.items()}
+            content["latents"].to(device),
+            (frames, height, width),
+            {name: x.to(device) for name, x in text.items()},
+            {name: x.to(device) for name, x in _named(IMAGE, content).items()},
+            self.given,
         )
 
     def identity(self) -> str:
@@ -74,9 +79,9 @@ def prepare(
 
     Raises ``TrainingError`` that lists every clip whose pictures cannot be decoded, when all others are done.
     """
-    cache = _places(pipe, clips, size, call, folder)
+    cache = _places(pipe, family, clips, size, call, folder)
     if not _whole(cache.empty):
-        _write(cache.empty, _named(family.text(pipe, "", call)))
+        _write(cache.empty, _prefixed(TEXT, family.text(pipe, "", call)))
     faults: list[Fault] = []
     mine = list(zip(clips, cache.clips, strict=True))[share]
     for done, (clip, file) in enumerate(mine, 1):
@@ -92,12 +97,15 @@ def prepare(
     return cache
 
 
-def _places(pipe: Any, clips: Sequence[Clip], size: Size, call: Mapping[str, Any], folder: Path) -> Cache:
+def _places(
+    pipe: Any, family: Family, clips: Sequence[Clip], size: Size, call: Mapping[str, Any], folder: Path
+) -> Cache:
+    given = family.given(pipe)
     encoders = [_fingerprint(part) for _, part in sorted(pipe.components.items()) if _encodes(part)]
-    common = [FORMAT, type(pipe).__name__, encoders, call.get("max_sequence_length")]
+    common = [FORMAT, type(pipe).__name__, encoders, call.get("max_sequence_length"), *[given][:given]]
     shape = [size.frames, size.height, size.width]
     named = [folder / f"{_hash([*common, shape, clip.stamp()])}.safetensors" for clip in clips]
-    return Cache(tuple(named), folder / f"{_hash([*common, 'empty'])}.safetensors")
+    return Cache(tuple(named), folder / f"{_hash([*common, 'empty'])}.safetensors", given)
 
 
 def _encodes(part: Any) -> bool:
@@ -119,19 +127,27 @@ def _fingerprint(model: nn.Module) -> list[str]:
 def _encoded(pipe: Any, family: Family, video: Tensor, caption: str, call: Mapping[str, Any]) -> dict[str, Tensor]:
     vae = pipe.vae
     latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
+    image = {} if family.image is None else family.image(pipe, picture(video), call)
     return {
         "latents": family.latents(pipe, latents),
         "size": torch.tensor(latents.shape[2:]),
-        **_named(family.text(pipe, caption, call)),
+        **_prefixed(TEXT, family.text(pipe, caption, call)),
+        **_prefixed(IMAGE, image),
     }
 
 
-def _named(text: Text) -> dict[str, Tensor]:
-    return {TEXT + name: x for name, x in text.items()}
+def picture(video_1CFHW: Tensor) -> Image.Image:
+    """The first frame of a video in -1 to 1."""
+    pixels = ((video_1CFHW[0, :, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _text(content: dict[str, Tensor]) -> Text:
-    return {name.removeprefix(TEXT): x for name, x in content.items() if name.startswith(TEXT)}
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: x for name, x in tensors.items()}
+
+
+def _named(prefix: str, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in content.items() if name.startswith(prefix)}
 
 
 def _write(file: Path, content: dict[str, Tensor]) -> None:

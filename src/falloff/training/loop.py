@@ -250,18 +250,18 @@ class _Run:
     def _share_gradients(self) -> None:
         """Every process adds up the gradients of all: one reduction for all parameters.
 
-        What got no gradient has one of zeros, so that it counts the same however many processes there are.
+        What no process has a gradient of keeps none, so that a step leaves it as it is: of two transformers the one
+        at whose noise levels there was no sample is trained as if it were alone.
         """
-        gradients = []
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
         if self.accelerator.num_processes == 1:
             return
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
-        for parameter, part in zip(self.parameters.values(), flat.split([g.numel() for g in gradients]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        parameters = list(self.parameters.values())
+        asked = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.accelerator.reduce(torch.cat([asked, *(g.flatten() for g in gradients)]), "sum")
+        counts, *parts = flat.split([len(parameters), *(g.numel() for g in gradients)])
+        for parameter, count, part in zip(parameters, counts.tolist(), parts, strict=True):
+            parameter.grad = part.view_as(parameter) if count else None
 
     @torch.no_grad()
     def _update_average(self) -> None:

@@ -77,10 +77,10 @@ def train_lora(
     studio = open_studio(
         pipe, videos, output, manner, lora, course.seed, call=call or {}, cache=cache, fps=fps, progress=progress
     )
-    model = pipe.transformer
+    models = studio.models
 
     def loss_at(point: Point) -> Tensor:
-        return flow_loss(studio.velocity(model, point), point)
+        return flow_loss(studio.velocity(models, point), point)
 
     def loss(number: int, generator: torch.Generator) -> Tensor:
         return loss_at(studio.point(number, generator))
@@ -93,8 +93,9 @@ def train_lora(
     with ExitStack() as left:
         left.enter_context(studio.at_work())
         if lora.rope == "riflex":
-            left.enter_context(riflex(model, *frames))
-        parameters = left.enter_context(adapter.adapted(model, lora.rank, course.seed))
+            for model in models.values():
+                left.enter_context(riflex(model, *frames))
+        parameters = left.enter_context(adapter.all_adapted(models, lora.rank, course.seed))
         loop.train(
             parameters,
             loss,

@@ -1,16 +1,12 @@
-"""Flow matching in a model's own terms, at noise levels drawn as its sampler visits them.
+"""What a model is asked in training, and how far its answer is from the target.
 
-    x_s = (1 - s) x_0 + s noise,     loss = || v(x_s, s) - (noise - x_0) ||^2
+    loss = || v(x_s, s) - target ||^2
 
-s is logit-normal (arXiv:2403.03206, section 3.1), shifted as the scheduler shifts its levels:
-s' = shift s / (1 + (shift - 1) s). Where a schedule keeps some of the sampler's steps dense, a drawn level counts as
-the step whose own level is nearest.
+in a model's own terms (see ``noising``), with the sparse attention that it has at this noise level in inference.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,66 +16,11 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from falloff.hosts import standing as seam
-from falloff.session import Position
-from falloff.training.errors import TrainingError
-from falloff.training.families import Family, Text
+from falloff.training.family import Family, Sample
+from falloff.training.noising import Noising, Weights
 
 FIXED_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Noise levels of the validation loss, which has to be the same from one time to the next."""
-
-
-@dataclass(frozen=True)
-class Flow:
-    """A sampler's noise levels, highest first, and the shift behind them."""
-
-    shift: float
-    levels: tuple[float, ...]
-
-    def draw(self, generator: torch.Generator) -> float:
-        """A noise level in 0 to 1."""
-        s = float(torch.sigmoid(torch.randn((), generator=generator)))
-        return self.shift * s / (1 + (self.shift - 1) * s)
-
-    def position(self, level: float) -> Position:
-        """The step of the sampler that is nearest to a noise level."""
-        step = min(range(len(self.levels)), key=lambda i: abs(self.levels[i] - level))
-        return Position(step=step, steps=len(self.levels), branch="cond")
-
-
-def flow_of(pipe: Any, family: Family, steps: int, call: Mapping[str, Any]) -> Flow:
-    """The levels of ``steps`` steps of a pipeline's scheduler, for a call of this size.
-
-    Raises ``TrainingError`` for a scheduler that does not follow straight flows, as one that predicts noise.
-    """
-    scheduler = copy.deepcopy(pipe.scheduler)
-    config = scheduler.config
-    straight = "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction"
-    if not straight:
-        raise TrainingError(
-            f"{type(scheduler).__name__} with prediction_type={config.get('prediction_type')!r} is no flow-matching "
-            "scheduler, and only models of flow matching can be trained here"
-        )
-    table = family.timetable(pipe, steps, call)
-    if config.get("use_dynamic_shifting") and "mu" not in table:
-        raise TrainingError(
-            f"{type(scheduler).__name__} shifts its noise levels with the size of the video (use_dynamic_shifting), "
-            f"which {type(pipe).__name__} does not tell it; give it a fixed shift"
-        )
-    dynamic = table["mu"] if config.get("use_dynamic_shifting") else None
-    scheduler.set_timesteps(**table)
-    sigmas = scheduler.sigmas[:steps]
-    levels = 1 - sigmas if config.get("invert_sigmas") else sigmas
-    shift = config.get("flow_shift") or config.get("shift") or 1.0
-    return Flow(shift=float(shift if dynamic is None else math.exp(dynamic)), levels=tuple(levels.tolist()))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One cached clip: latents as the family makes them, the autoencoder's latent size, and the caption's text."""
-
-    latents: Tensor
-    size: tuple[int, int, int]
-    text: Text
+"""Noise levels of the validation loss, as shares of a transformer's range; the same from one time to the next."""
 
 
 @dataclass(frozen=True)
@@ -88,36 +29,46 @@ class Point:
 
     sample: Sample
     noise: Tensor
+    noising: Noising
     level: float
 
     @property
     def noised(self) -> Tensor:
-        return (1 - self.level) * self.sample.latents + self.level * self.noise
+        return self._mixed(self.noising.mix(self.level))
 
     @property
     def target(self) -> Tensor:
-        """The velocity, noise - x_0."""
-        return self.noise - self.sample.latents
+        """The velocity of the frames that are to be denoised."""
+        return self.asked(self._mixed(self.noising.aim(self.level)))
+
+    def asked(self, x: Tensor) -> Tensor:
+        """The frames that are to be denoised, of latents [1, C, F, H, W] or of tokens [1, N, C]."""
+        given = self.sample.given
+        return x[:, given * x.shape[1] // self.sample.size[0] :] if x.ndim == 3 else x[:, :, given:]
+
+    def _mixed(self, weights: Weights) -> Tensor:
+        return weights[0] * self.sample.latents + weights[1] * self.noise
 
 
-def point_at(sample: Sample, level: float, generator: torch.Generator) -> Point:
+def point_at(sample: Sample, noising: Noising, level: float, generator: torch.Generator) -> Point:
     """Noise comes from the CPU's generator, so that every machine draws the same."""
     noise = torch.randn(sample.latents.shape, generator=generator).to(sample.latents)
-    return Point(sample, noise, level)
+    return Point(sample, noise, noising, level)
 
 
-def velocity(pipe: Any, family: Family, model: Any, flow: Flow, point: Point, call: Mapping[str, Any]) -> Tensor:
-    """What the transformer takes for noise - x_0, in float32, with its sparse attention as at this noise level.
+def velocity(pipe: Any, family: Family, model: Any, point: Point, call: Mapping[str, Any]) -> Tensor:
+    """What the transformer takes for the velocity where it is asked, in float32, with its sparse attention as at this
+    noise level.
 
     Everything goes in as the model's own type, as pipelines hand it over.
     """
     dtype = model.dtype
     level = torch.tensor([point.level], device=point.noise.device)
     text = {name: x.to(dtype) if x.is_floating_point() else x for name, x in point.sample.text.items()}
-    given = {**family.inputs(pipe, point.noised.to(dtype), level, point.sample.size, call), **text}
-    with seam.standing(model, flow.position(point.level)):
+    given = {**family.inputs(pipe, point.noised.to(dtype), level, point.sample, call), **text}
+    with seam.standing(model, point.noising.position(point.level)):
         out: Tensor = model(**given, return_dict=False)[0]
-    return family.velocity * out.float()
+    return family.velocity * point.asked(out).float()
 
 
 def flow_loss(velocity: Tensor, point: Point) -> Tensor:
@@ -125,7 +76,8 @@ def flow_loss(velocity: Tensor, point: Point) -> Tensor:
     return mse_loss(velocity, point.target.float())
 
 
-def validation_points(samples: list[Sample], seed: int) -> list[Point]:
-    """The same noise at the same levels, whenever it is asked."""
+def validation_points(samples: list[Sample], noising: Noising, seed: int) -> list[Point]:
+    """The same noise at the same levels of every transformer, whenever it is asked."""
     generator = torch.Generator().manual_seed(seed)
-    return [point_at(sample, level, generator) for sample in samples for level in FIXED_LEVELS]
+    levels = [low + share * (high - low) for low, high in noising.ranges.values() for share in FIXED_LEVELS]
+    return [point_at(sample, noising, level, generator) for sample in samples for level in levels]

@@ -34,10 +34,11 @@ from falloff.training import adapter, loop
 from falloff.training.errors import TrainingError
 from falloff.training.families import family_of
 from falloff.training.loop import Course
+from falloff.training.noising import FIRST
 from falloff.training.objective import Point, flow_loss
 from falloff.training.studio import Lesson, Manner, Progress, Studio, open_studio
 
-BRANCHES, TRANSFORMER = "branches.safetensors", "transformer"
+BRANCHES = "branches.safetensors"
 RISE = 0.03
 """Sparsity gained at every stage of a ramp, as VSA was adapted."""
 
@@ -105,36 +106,39 @@ def train_sparse(
     studio = open_studio(
         pipe, videos, output, manner, sparse, course.seed, call=call or {}, cache=cache, fps=fps, progress=progress
     )
-    model = pipe.transformer
+    models = studio.models
     copied = sparse.aim == "velocity" and sparse.backbone == "full"
-    teacher = copy.deepcopy(model).requires_grad_(False) if copied else model
+    teachers = {
+        expert: copy.deepcopy(model).requires_grad_(False) if copied else model for expert, model in models.items()
+    }
 
     def loss_at(point: Point) -> Tensor:
+        expert = studio.noising.expert(point.level)
         if sparse.aim == "output":
-            return output_error(model, lambda: studio.velocity(model, point))
+            return output_error(models[expert], lambda: studio.velocity(models, point))
         if sparse.aim == "flow":
-            return flow_loss(studio.velocity(model, point), point)
-        with torch.no_grad(), _dense(teacher):
-            wanted = studio.velocity(teacher, point)
-        return mse_loss(studio.velocity(model, point), wanted)
+            return flow_loss(studio.velocity(models, point), point)
+        with torch.no_grad(), _dense(teachers[expert]):
+            wanted = studio.velocity(teachers, point)
+        return mse_loss(studio.velocity(models, point), wanted)
 
     def loss(number: int, generator: torch.Generator) -> Tensor:
-        seam.replan(model, eased(method, number // course.batch, sparse.ramp))
+        seam.replan(pipe.transformer, eased(method, number // course.batch, sparse.ramp))
         value = loss_at(studio.point(number, generator, planned=sparse.backbone == "none"))
         if not value.requires_grad:
             raise TrainingError(f"no layer ran as {method.name}, so that nothing is learned: {_reasons(pipe)}")
         return value
 
     def check(step: int) -> dict[str, float]:
-        seam.replan(model, method)
+        seam.replan(pipe.transformer, method)
         studio.make_samples(step)
         return studio.validation(loss_at)
 
     with ExitStack() as left:
         left.enter_context(studio.at_work())
-        parameters = left.enter_context(_backbone(model, sparse, course.seed))
+        parameters = left.enter_context(_backbone(models, sparse, course.seed))
         if method.learns:
-            parameters = {**parameters, **_learned(pipe, begun, everything=sparse.aim == "output")}
+            parameters = {**parameters, **_learned(pipe, models, begun, everything=sparse.aim == "output")}
         loop.train(
             parameters,
             loss,
@@ -166,12 +170,13 @@ def _check(pipe: Any, manner: Manner, sparse: Sparse, call: Mapping[str, Any]) -
         raise TrainingError(f"{method.name} learns nothing as it is set; without a backbone nothing is left to train")
     if sparse.ramp and not {"density", "sparsity"} & method.settings().keys():
         raise TrainingError(f"{method.name} has no density or sparsity that a ramp could change; leave the ramp out")
-    if sparse.backbone == "full" and pipe.transformer.dtype != torch.float32:
+    types = {part.dtype for name in api.TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
+    if sparse.backbone == "full" and (small := types - {torch.float32}):
         raise TrainingError(
-            f"all weights are to be trained, and in {pipe.transformer.dtype} small steps would be lost; load the "
+            f"all weights are to be trained, and in {small.pop()} small steps would be lost; load the "
             "transformer in float32 and compute with precision='bf16'"
         )
-    ((_, layers),), steps = api.identities(pipe), generate.steps(pipe, call)
+    (_, layers), steps = api.identities(pipe)[0], generate.steps(pipe, call)
     every_layer = set(range(layers)) <= set(schedule.dense_layers)
     if every_layer or all(schedule.step_reason(step, steps) is not None for step in range(steps)):
         raise TrainingError(
@@ -185,16 +190,20 @@ def _reasons(pipe: Any) -> str:
 
 
 @contextmanager
-def _backbone(model: Any, sparse: Sparse, seed: int) -> Iterator[dict[str, nn.Parameter]]:
-    """What is trained of the model itself, all else being frozen meanwhile."""
+def _backbone(models: Mapping[str, Any], sparse: Sparse, seed: int) -> Iterator[dict[str, nn.Parameter]]:
+    """What is trained of the models themselves, all else being frozen meanwhile."""
     if sparse.backbone == "lora":
-        with adapter.adapted(model, sparse.rank, seed) as parameters:
+        with adapter.all_adapted(models, sparse.rank, seed) as parameters:
             yield parameters
         return
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(sparse.backbone == "full")
+    own: dict[str, nn.Parameter] = {}
+    for expert, model in models.items():
+        own.update(adapter.of_expert(expert, dict(model.named_parameters())))
+    before = {parameter: parameter.requires_grad for parameter in own.values()}
+    for parameter in own.values():
+        parameter.requires_grad_(sparse.backbone == "full")
     try:
-        yield dict(model.named_parameters()) if sparse.backbone == "full" else {}
+        yield own if sparse.backbone == "full" else {}
     finally:
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
@@ -225,7 +234,7 @@ def _begun(pipe: Any, manner: Manner, start: Path | None, output: Path) -> Path 
     file = start / BRANCHES if start.is_dir() else start
     if not file.is_file():
         raise TrainingError(f"there is nothing to start from at {file}; give a folder with {BRANCHES}, or such a file")
-    if around := [name for name in (adapter.WEIGHTS, TRANSFORMER) if start.is_dir() and (start / name).exists()]:
+    if around := [name for name in (adapter.WEIGHTS, FIRST) if start.is_dir() and (start / name).exists()]:
         raise TrainingError(
             f"what {start} holds was trained together with {around[0]}, which a start leaves out; start from a "
             f"training with backbone='none', or give {file} to start from it alone"
@@ -251,14 +260,17 @@ def _content(modules: nn.Module) -> str:
     return content.hexdigest()[:32]
 
 
-def _learned(pipe: Any, begun: Path | None, *, everything: bool) -> dict[str, nn.Parameter]:
+def _learned(pipe: Any, models: Mapping[str, Any], begun: Path | None, *, everything: bool) -> dict[str, nn.Parameter]:
     """What is to be trained of what the method learns: ``everything``, or what it does not keep frozen."""
     if begun is not None:
         _load(pipe, begun)
-    branches = api.branches(pipe)["0"]
-    if everything:
-        branches.requires_grad_(True)
-    return {f"branches.{name}": p for name, p in branches.named_parameters() if p.requires_grad}
+    found: dict[str, nn.Parameter] = {}
+    for expert, branches in zip(models, api.branches(pipe).values(), strict=False):  # one may be at no work
+        if everything:
+            branches.requires_grad_(True)
+        own = {f"branches.{name}": p for name, p in branches.named_parameters() if p.requires_grad}
+        found.update(adapter.of_expert(expert, own))
+    return found
 
 
 def _written(studio: Studio, sparse: Sparse, course: Course, begun: Path | None) -> Recipe:
@@ -272,7 +284,8 @@ def _written(studio: Studio, sparse: Sparse, course: Course, begun: Path | None)
         if sparse.backbone == "lora":
             adapter.save(studio.pipe, studio.output)
         if sparse.backbone == "full":
-            studio.pipe.transformer.save_pretrained(studio.output / TRANSFORMER)
+            for expert, model in studio.models.items():
+                model.save_pretrained(studio.output / expert)
         recipe.save(studio.output / adapter.RECIPE)
     studio.accelerator.end_training()
     return recipe

@@ -6,12 +6,13 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
 from torch import Tensor, nn
 
 from falloff import api
@@ -20,13 +21,19 @@ from falloff.methods.base import Method
 from falloff.recipe import Recipe
 from falloff.schedule import Schedule
 from falloff.training import loop
-from falloff.training.cache import Cache, Size, prepare
-from falloff.training.data import Clip, usable
+from falloff.training.cache import Cache, Size, picture, prepare
+from falloff.training.data import Clip, read_frames, usable
 from falloff.training.errors import TrainingError
-from falloff.training.families import Family, family_of
-from falloff.training.objective import Flow, Point, flow_of, point_at, validation_points, velocity
+from falloff.training.families import family_of
+from falloff.training.family import Family
+from falloff.training.noising import Noising, noising_of
+from falloff.training.objective import Point, point_at, validation_points, velocity
 
 SAMPLES = "samples"
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one another: a sample is a whole video, made by one while all others wait."""
+ALIKE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Ways to run in which every process has the whole model."""
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is, and of how much."""
 
@@ -79,7 +86,7 @@ class Studio:
 
     pipe: Any
     family: Family
-    flow: Flow
+    noising: Noising
     manner: Manner
     lesson: Lesson
     call: Mapping[str, Any]
@@ -100,33 +107,42 @@ class Studio:
         captioned = bool(torch.rand((), generator=generator) >= self.lesson.uncaptioned)
         index = self.lessons[loop.drawn(number, len(self.lessons), self.seed)]
         sample = self.cache.sample(index, self.accelerator.device, captioned=captioned)
-        level = self.flow.draw(generator)
+        level = self.noising.draw(generator)
         while planned and self._stays_dense(level):
-            level = self.flow.draw(generator)
-        return point_at(sample, level, generator)
+            level = self.noising.draw(generator)
+        return point_at(sample, self.noising, level, generator)
 
     def _stays_dense(self, level: float) -> bool:
-        at = self.flow.position(level)
+        at = self.noising.position(level)
         assert at.step is not None
         assert at.steps is not None
         return self.manner.schedule.step_reason(at.step, at.steps) is not None
 
-    def velocity(self, model: Any, point: Point) -> Tensor:
-        """What the pipeline's transformer, or a copy of it, takes for noise - x_0."""
-        return velocity(self.pipe, self.family, model, self.flow, point, self.call)
+    @property
+    def models(self) -> dict[str, Any]:
+        """The transformers that are trained, by the pipeline's names for them."""
+        return {expert: getattr(self.pipe, expert) for expert in self.noising.ranges}
+
+    def velocity(self, models: Mapping[str, Any], point: Point) -> Tensor:
+        """What the pipeline's transformers, or copies of them, take for the velocity."""
+        model = models[self.noising.expert(point.level)]
+        return velocity(self.pipe, self.family, model, point, self.call)
 
     def validation(self, loss: Callable[[Point], Tensor]) -> dict[str, float]:
-        """The mean loss of the clips kept out, shared between the processes; nothing where there are none."""
+        """The mean loss of the clips kept out, and of two transformers each one's own, shared between the processes;
+        nothing where there are no such clips."""
         device, one = self.accelerator.device, self.accelerator.num_processes
-        points = validation_points([self.cache.sample(index, device) for index in self.exams], self.seed)
+        points = validation_points([self.cache.sample(index, device) for index in self.exams], self.noising, self.seed)
         if not points:
             return {}
-        mine, losses = points[self.accelerator.process_index :: one], []
+        mine, experts = points[self.accelerator.process_index :: one], list(self.noising.ranges)
+        losses = torch.zeros(len(experts), device=device)
         for done, point in enumerate(mine, 1):
-            losses.append(loss(point))
+            losses[experts.index(self.noising.expert(point.level))] += loss(point)
             self.progress("validating", done, len(mine))
-        total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
-        return {"validation": float(self.accelerator.reduce(total, "sum")) / len(points)}
+        means = self.accelerator.reduce(losses, "sum") * len(experts) / len(points)
+        own = dict(zip(experts, means.tolist(), strict=True)) if len(experts) > 1 else {}
+        return {"validation": float(means.mean()), **{f"validation {expert}": mean for expert, mean in own.items()}}
 
     def make_samples(self, step: int) -> None:
         """Videos of captions kept out, written by the main process."""
@@ -134,15 +150,20 @@ class Studio:
             return
         for number, index in enumerate(self.exams[: self.lesson.samples]):
             self.progress("making samples", 0, 0)
+            clip, call = self.clips[index], dict(self.call)
+            if self.family.image is not None:
+                call["image"] = picture(read_frames(clip, 1, self.lesson.size.height, self.lesson.size.width))
             with _moved(self.pipe, self.accelerator.device, back=torch.device("cpu")):
-                made = generate.generate(self.pipe, self.clips[index].caption, seed=self.seed, call_arguments=self.call)
+                made = generate.generate(self.pipe, clip.caption, seed=self.seed, call_arguments=call)
             video.write(self.output / SAMPLES / f"step-{step:06d}-{number}.mp4", made.frames_FHWC, self.fps)
 
     def grid_frames(self, frames: int) -> int:
         """Frames of the transformer's grid for a number of video frames."""
-        patch = self.pipe.transformer.config.get("patch_size", 1)
+        config = self.pipe.transformer.config
+        patch = config.get("patch_size", 1)
+        patched = patch[0] if isinstance(patch, list | tuple) else config.get("patch_size_t") or 1
         latent = (frames - 1) // self.family.temporal(self.pipe) + 1
-        return int(latent // (patch[0] if isinstance(patch, list | tuple) else 1))
+        return -(-latent // int(patched))
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same when a training goes on."""
@@ -151,7 +172,8 @@ class Studio:
             "method": self.manner.method.name,
             "method settings": self.manner.method.settings(),
             "schedule": asdict(self.manner.schedule),
-            "sampler steps": len(self.flow.levels),
+            "sampler steps": len(self.noising.levels),
+            "boundary": self.noising.boundary or None,
             "clips": self.cache.identity(),
             **asdict(self.lesson),
         }
@@ -164,12 +186,13 @@ class Studio:
             manner = self.manner
             left.enter_context(api.using(self.pipe, manner.method, schedule=manner.schedule, kernel=manner.kernel))
             if self.lesson.checkpointing:
-                left.enter_context(_checkpointing(self.pipe.transformer))
+                for model in self.models.values():
+                    left.enter_context(_checkpointing(model))
             yield
 
     def recipe(self, trained: str, course: loop.Course, branches: str | None = None, **more: Any) -> Recipe:
         """The inference that was trained for."""
-        ((model, layers),) = api.identities(self.pipe)
+        model, layers = api.identities(self.pipe)[0]  # of two, both are alike
         return Recipe(
             model=model,
             layers=layers,
@@ -201,7 +224,7 @@ def open_studio(
     family = family_of(pipe)
     size = {"num_frames": lesson.size.frames, "height": lesson.size.height, "width": lesson.size.width}
     call = {**call, **size}
-    flow = flow_of(pipe, family, generate.steps(pipe, call), call)
+    noising = noising_of(pipe, family, generate.steps(pipe, call), call)
     clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
     lessons, exams = _split(len(clips), lesson.validation, seed)
     (output / SAMPLES).mkdir(parents=True, exist_ok=True)
@@ -221,7 +244,7 @@ def open_studio(
     return Studio(
         pipe=pipe,
         family=family,
-        flow=flow,
+        noising=noising,
         manner=manner,
         lesson=lesson,
         call=call,
@@ -238,9 +261,18 @@ def open_studio(
 
 
 def _accelerator(output: Path) -> Accelerator:
-    """With TensorBoard where that is installed."""
+    """With TensorBoard where that is installed. Raises ``TrainingError`` where accelerate is to share the model out."""
     tensorboard = is_tensorboard_available()
-    accelerator = Accelerator(log_with="tensorboard" if tensorboard else None, project_dir=str(output))
+    accelerator = Accelerator(
+        log_with="tensorboard" if tensorboard else None,
+        project_dir=str(output),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if accelerator.distributed_type not in ALIKE:
+        raise TrainingError(
+            f"accelerate was started with {accelerator.distributed_type.value}, and a training here keeps the whole "
+            "model in every process; start it with --multi_gpu, and with --checkpointing where memory is short"
+        )
     if tensorboard:
         accelerator.init_trackers("tensorboard")
     return accelerator
@@ -271,8 +303,9 @@ def _checkpointing(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _moved(pipe: Any, device: torch.device, *, back: torch.device) -> Iterator[None]:
-    """Everything but the transformer on another device for a while."""
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not pipe.transformer]
+    """Everything but the transformers on another device for a while."""
+    named = pipe.components.items()
+    parts = [part for name, part in named if isinstance(part, nn.Module) and name not in api.TRANSFORMERS]
     for part in parts:
         part.to(device)
     try:

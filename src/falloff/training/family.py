@@ -1,0 +1,72 @@
+"""What a training asks of a family of pipelines: its transformer's arguments for a noised clip, and all around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+Text = dict[str, Tensor]
+"""Everything of a forward's arguments that comes from the caption."""
+Call = Mapping[str, Any]
+"""Arguments of the pipeline call that is trained for."""
+Size = tuple[int, int, int]
+"""Of the autoencoder's latents: frames, height, width."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip: latents as the family makes them, the autoencoder's latent size, and the caption's text.
+
+    image: what a pipeline that begins with a picture makes of the clip's first. given: how many latent frames the
+    pipeline takes from that picture, and does not denoise.
+    """
+
+    latents: Tensor
+    size: Size
+    text: Text
+    image: Text = field(default_factory=dict)
+    given: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """``temporal``: video frames of one latent frame.
+
+    latents: from the autoencoder's [1, C, F, H, W], as the pipeline denoises them, any shape that begins with 1. text:
+    of a caption. inputs: arguments of the transformer's forward but the text's, for noised latents, the noise level [1]
+    and the clip that they are of. velocity: +1 when the transformer puts out the velocity towards noise, -1 for that
+    towards the clip. timetable: what the pipeline gives its scheduler for a number of steps. image: what the pipeline
+    makes of the picture that a video of this call begins with, where it takes one. given: how many latent frames it
+    takes from that picture, and does not denoise. boundary: the noise level below which a second transformer is at
+    work, or 0. diffuses: whether the family is trained by diffusion rather than flow matching. refuse: why a pipeline
+    of the family cannot be trained, if it cannot.
+    """
+
+    pipelines: tuple[str, ...]
+    temporal: Callable[[Any], int]
+    latents: Callable[[Any, Tensor], Tensor]
+    text: Callable[[Any, str, Call], Text]
+    inputs: Callable[[Any, Tensor, Tensor, Sample, Call], dict[str, Any]]
+    velocity: int = 1
+    timetable: Callable[[Any, int, Call], dict[str, Any]] = lambda pipe, steps, call: {"num_inference_steps": steps}
+    image: Callable[[Any, Image, Call], Text] | None = None
+    given: Callable[[Any], int] = lambda pipe: 0
+    boundary: Callable[[Any], float] = lambda pipe: 0.0
+    diffuses: bool = False
+    refuse: Callable[[Any], str | None] = lambda pipe: None
+
+
+def normalised(latents: Tensor, config: Any, scale: float = 1.0) -> Tensor:
+    """(latents - mean) / std of every channel, times ``scale``; without statistics of the autoencoder only that."""
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return latents * scale
+    mean, std = (
+        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+        for values in (config["latents_mean"], config["latents_std"])
+    )
+    return (latents - mean) / std * scale
