@@ -68,6 +68,31 @@ def test_a_complete_plan_needs_a_key_for_every_query_block_that_has_tokens():
     Plan(q_len=8, kv_len=8, q_sizes=4, kv_sizes=4, blocks=blocks, partial=True)
 
 
+@pytest.mark.parametrize("stretch", [1, 7, 10**6])
+def test_maps_are_worked_through_in_stretches(stretch, monkeypatch):
+    monkeypatch.setattr("falloff.plan.STRETCH", stretch)
+    draw = torch.Generator().manual_seed(2)
+    on = torch.rand(2, 3, 4, 5, generator=draw) < 0.4
+    on[1, 2, 1] = False
+    blocks = BlockMap.from_dense(on)
+    assert blocks.start.tolist() == [0, *on.flatten(0, 2).sum(1).cumsum(0).tolist()]
+    assert blocks.columns.tolist() == on.nonzero()[:, 3].tolist()
+    assert torch.equal(blocks.dense(), on)
+    sizes = torch.randint(0, 9, (2, 3, 5), generator=draw)
+    assert torch.equal(blocks.tokens(sizes), (on * sizes[:, :, None]).sum(3).flatten())
+    assert torch.equal(blocks.tokens(sizes[:1, :1]), (on * sizes[:1, :1, None]).sum(3).flatten())
+    order = torch.stack([torch.randperm(7, generator=draw) for _ in range(6)]).view(2, 3, 7)
+    q_sizes = torch.tensor([2, 2, 3, 0])
+    made = {"q_len": 7, "kv_len": 13, "q_sizes": q_sizes, "kv_sizes": 3, "blocks": blocks, "partial": True}
+    whole = Plan(**made, q_order=order)
+    assert whole.pairs == int(
+        (on.sum((0, 1))[:, :, None] * torch.tensor([3, 3, 3, 3, 1])[:, None] * q_sizes.view(4, 1, 1)).sum()
+    )
+    order[1, 2, 6] = order[1, 2, 0]
+    with pytest.raises(PlanError, match="q_order is not a permutation"):
+        Plan(**made, q_order=order)
+
+
 def test_refine_keeps_every_pair_and_refuses_other_sizes():
     blocks = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     coarse = Plan(q_len=50, kv_len=40, q_sizes=16, kv_sizes=16, blocks=BlockMap.from_dense(blocks), partial=True)

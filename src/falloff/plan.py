@@ -7,6 +7,7 @@ is shared along it. All tensors of a plan live on one device and are never writt
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 Sizes = int | Tensor
+
+STRETCH = 1 << 19
+"""Pairs of blocks, or places of tokens, that are looked at together: indices of all of them would be large."""
 
 
 class PlanError(ValueError):
@@ -42,9 +46,11 @@ class BlockMap:
             raise PlanError(f"start must have shape ({rows + 1},), got {tuple(start.shape)}")
         if int(start[0]) != 0 or int(start[-1]) != columns.numel() or bool((start.diff() < 0).any()):
             raise PlanError(f"start must rise from 0 to the number of pairs, {columns.numel()}")
-        if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= width):
-            raise PlanError(f"key block ids must lie in 0 to {width - 1}")
-        falls = columns.diff() <= 0
+        if columns.numel():
+            least, most = columns.aminmax()
+            if bool((least < 0) | (most >= width)):
+                raise PlanError(f"key block ids must lie in 0 to {width - 1}")
+        falls = columns[1:] <= columns[:-1]
         row_ends = start[1:-1] - 1
         inside = (row_ends >= 0) & (row_ends < falls.numel())
         falls[row_ends[inside]] = False
@@ -58,11 +64,17 @@ class BlockMap:
             raise PlanError(f"a dense block map is bool [B|1, H|1, Tq, Tk], got {blocks.dtype} {tuple(blocks.shape)}")
         blocks = blocks.reshape((1,) * (4 - blocks.ndim) + tuple(blocks.shape))
         b, h, q, k = blocks.shape
-        index = _flat_nonzero(blocks)
-        row_ends = torch.arange(1, b * h * q + 1, device=blocks.device) * k
+        flat = blocks.flatten()
         start = torch.zeros(b * h * q + 1, dtype=torch.int64, device=blocks.device)
-        start[1:] = torch.searchsorted(index, row_ends)
-        return BlockMap((b, h, q, k), start, (index % k).to(torch.int32))
+        columns = torch.empty(int(flat.count_nonzero()), dtype=torch.int32, device=blocks.device)
+        found = 0
+        for first, end in _row_stretches(b * h * q, k):
+            index = _flat_nonzero(flat[first * k : end * k])
+            row_ends = torch.arange(1, end - first + 1, device=blocks.device) * k
+            start[first + 1 : end + 1] = torch.searchsorted(index, row_ends) + found
+            columns[found : found + len(index)] = index.remainder_(k)
+            found += len(index)
+        return BlockMap((b, h, q, k), start, columns)
 
     @property
     def rows(self) -> int:
@@ -80,8 +92,27 @@ class BlockMap:
     def dense(self) -> Tensor:
         """As booleans [B|1, H|1, Tq, Tk]."""
         blocks = torch.zeros(self.rows, self.shape[3], dtype=torch.bool, device=self.start.device)
-        blocks[self.row_ids, self.columns.long()] = True
+        for row, column in self._by_stretch():
+            blocks[row, column.long()] = True
         return blocks.view(self.shape)
+
+    def tokens(self, sizes_BHT: Tensor) -> Tensor:
+        """Keys that each row sees, int64 [rows], of key blocks of these sizes, int64 [B|1, H|1, Tk]."""
+        b, h, q, k = self.shape
+        sizes = sizes_BHT.expand(b, h, k).reshape(-1)
+        seen = torch.zeros(self.rows, dtype=torch.int64, device=self.start.device)
+        for row, column in self._by_stretch():
+            seen.index_add_(0, row, sizes[row.div(q, rounding_mode="floor").mul_(k).add_(column)])
+        return seen
+
+    def _by_stretch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows at a time: the row of every pair, int64, and its column."""
+        stretches = list(_row_stretches(self.rows, self.shape[3]))
+        ends = self.start[[end for _, end in stretches]].tolist()
+        for (first, end), found, until in zip(stretches, [0, *ends], ends, strict=False):
+            rows = torch.arange(first, end, device=self.start.device)
+            counts = self.start[first : end + 1].diff()
+            yield torch.repeat_interleave(rows, counts, output_size=until - found), self.columns[found:until]
 
     @cached_property
     def transposed(self) -> BlockMap:
@@ -153,7 +184,7 @@ class Plan:
             _check_sizes(side, length, sizes, count, (batch, heads))
             if order is not None:
                 _check_order(side, length, order, (batch, heads))
-        if not self.partial and bool((self._row_pairs()[self._q_sizes_rows() > 0] == 0).any()):
+        if not self.partial and bool((self._row_pairs[self._q_sizes_rows() > 0] == 0).any()):
             raise PlanError("a query block sees no key; give every block at least one key block, or set partial=True")
         if self.dropped is not None:
             _check_dropped(self.blocks, self.dropped)
@@ -169,7 +200,7 @@ class Plan:
     @cached_property
     def pairs(self) -> int:
         """Computed token pairs of all the maps (batch entries and heads with a map of their own) together."""
-        return int((self._row_pairs() * self._q_sizes_rows()).sum())
+        return int((self._row_pairs * self._q_sizes_rows()).sum())
 
     @cached_property
     def density(self) -> float:
@@ -240,13 +271,17 @@ class Plan:
             moved["dropped"] = self.dropped.to(device)
         return dataclasses.replace(self, blocks=blocks, **moved)
 
+    @cached_property
     def _row_pairs(self) -> Tensor:
         """Keys seen by each row's queries, int64 [B * H * Tq]."""
-        batch, heads, q_blocks, kv_blocks = self.blocks.shape
-        sizes = self.kv_sizes_BHT().expand(batch, heads, kv_blocks).reshape(-1)
-        row = self.blocks.row_ids
-        seen = sizes[torch.div(row, q_blocks, rounding_mode="floor") * kv_blocks + self.blocks.columns]
-        return torch.zeros(self.blocks.rows, dtype=torch.int64, device=row.device).index_add_(0, row, seen)
+        if isinstance(self.kv_sizes, Tensor):
+            return self.blocks.tokens(self.kv_sizes_BHT())
+        start, columns, last = self.blocks.start, self.blocks.columns, self.blocks.shape[3] - 1
+        counts = start.diff()
+        if not len(columns):
+            return counts
+        sees_last = (columns[(start[1:] - 1).clamp(min=0)] == last) & (counts > 0)  # a row's highest column is its last
+        return counts * self.kv_sizes - sees_last * ((last + 1) * self.kv_sizes - self.kv_len)
 
     def _q_sizes_rows(self) -> Tensor:
         batch, heads, q_blocks, _ = self.blocks.shape
@@ -257,6 +292,12 @@ def dense_plan(q_len: int, kv_len: int, block: int = 128) -> Plan:
     """The plan that computes every pair."""
     blocks = torch.ones(-(-q_len // block), -(-kv_len // block), dtype=torch.bool)
     return Plan(q_len=q_len, kv_len=kv_len, q_sizes=block, kv_sizes=block, blocks=BlockMap.from_dense(blocks))
+
+
+def _row_stretches(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """First row and end of stretches of about ``STRETCH`` pairs."""
+    together = max(1, STRETCH // max(1, width))
+    return ((first, min(first + together, rows)) for first in range(0, rows, together))
 
 
 def _flat_nonzero(blocks: Tensor) -> Tensor:
@@ -321,9 +362,12 @@ def _check_order(side: str, length: int, order: Tensor, lead: tuple[int, int]) -
 
 def _all_of(order: Tensor, length: int) -> bool:
     """Whether every row holds each of 0 to ``length - 1``: marked rather than sorted, which takes memory and time."""
-    least, most = torch.aminmax(order)
-    marks = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order.clamp(0, length - 1), True)
-    return bool((least >= 0) & (most < length) & marks.all())  # the device is waited for once
+    holds = []
+    for rows in order.reshape(-1, length).split(max(1, STRETCH // length)):  # type: ignore[no-untyped-call]  # torch's own
+        least, most = rows.aminmax()
+        marks = torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, rows.clamp(0, length - 1), True)
+        holds.append((least >= 0) & (most < length) & marks.all())
+    return bool(torch.stack(holds).all())  # the device is waited for once
 
 
 def _check_dropped(blocks: BlockMap, dropped: BlockMap) -> None:

@@ -140,6 +140,43 @@ def test_tokens_that_are_not_finite_are_told(poison: float) -> None:
     assert not kmeans(x, start, 0).finite
 
 
+@pytest.mark.parametrize(("clusters", "parts"), [(1, 4), (3, 4), (4, 4), (7, 4), (13, 4), (24, 4), (5, 1), (24, 1)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_first_centroids_are_means_of_stretches_that_end_with_a_part(clusters: int, parts: int, seed: int) -> None:
+    length = 24
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(5))
+    marks = torch.eye(length, dtype=torch.float64)[None, None]  # a mean then tells of which tokens it is
+    found = first_centroids(marks, clusters, seed, order_N=order, parts=parts)[0, 0]
+    assert ((found > 0).sum(0) == 1).all()  # each token is in one cluster
+    torch.testing.assert_close(found.sum(1), torch.ones(clusters, dtype=torch.float64))  # of which none is empty
+    label = (found > 0).int().argmax(0)[order]  # along the order
+    assert (label.diff() >= 0).all()
+    if clusters >= parts:
+        ends = torch.arange(1, parts) * length // parts
+        assert (label[ends] > label[ends - 1]).all()
+    for stretch in label.unique():
+        weights = found[stretch][found[stretch] > 0]
+        torch.testing.assert_close(weights, torch.full_like(weights, 1 / len(weights)))
+
+
+def test_the_first_centroids_are_the_same_in_chunks_and_the_seed_moves_the_cuts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = tokens(2, 3, 120, 4, dtype=torch.float64)
+    found = [first_centroids(x, 5, seed) for seed in range(4)]
+    assert any(not torch.equal(found[0], other) for other in found[1:])
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(module, "SUM_BYTES", 1)
+    torch.testing.assert_close(first_centroids(x, 5), found[0])
+
+
+@pytest.mark.parametrize("clusters", [5, 300])
+def test_the_order_is_the_stable_one(clusters: int) -> None:
+    x = tokens(1, 2, 900, 3)
+    found = kmeans(x, first_centroids(x, clusters), 1)
+    assert torch.equal(found.order(), found.labels.sort(dim=-1, stable=True).indices)
+
+
 def test_more_clusters_than_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="41 clusters of 40 tokens: use 1 to 40"):
         first_centroids(tokens(1, 1, 40, 4), 41)

@@ -94,6 +94,25 @@ def test_topk_has_exactly_its_count_and_ties_to_the_lower_index() -> None:
     assert ids(topk(LADDER, 9)) == ids(topk(LADDER, torch.tensor([9]))) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("equal", [True, False])
+def test_cover_is_that_of_a_stable_sort(dtype: torch.dtype, equal: bool) -> None:
+    """Ranks written out, with rows of many ties."""
+    draw = torch.Generator().manual_seed(0)
+    for levels in (3, 50, 10**6):
+        mass = (torch.randint(levels, (2, 40, 90), generator=draw) / levels).to(dtype)
+        for share, least in ((0.0, 1), (0.3, 4), (0.9, 1), (1.0, 2), (0.5, 200)):
+            exact = mass.to(torch.promote_types(dtype, torch.float32))
+            ordered, block = exact.sort(dim=-1, descending=True, stable=True)
+            up_to = ordered.cumsum(-1)
+            before = torch.cat([torch.zeros_like(up_to[..., :1]), up_to[..., :-1]], -1)
+            bound = share * up_to[..., -1:]
+            below = (before <= bound if equal else before < bound) | (share == 1)
+            kept = (ordered > 0) & below | (torch.arange(90) < least)
+            expected = torch.zeros_like(kept).scatter_(-1, block, kept)
+            assert torch.equal(cover(mass, share, least=least, equal=equal), expected)
+
+
 def test_near_keeps_what_lies_within_the_margin() -> None:
     scores = torch.tensor([[0.0, -1.0, -3.0], [5.0, 3.0, 2.0]])
     assert near(scores, 2.0).tolist() == [[True, True, False], [True, True, False]]

@@ -136,6 +136,9 @@ def test_a_plan_serves_its_span() -> None:
     assert plans[0] is plans[1] is plans[2]
     assert plans[3] is plans[4]
     assert plans[3] is not plans[2]
+    assert "plan" in state.values
+    plan(method, sequence, qkv(GRID.tokens, seed=5), state)
+    assert "plan" not in state.values  # its last use: nobody waits for it any more
     assert "plan" not in plan_state(SMALL, sequence)
 
 

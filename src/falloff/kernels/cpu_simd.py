@@ -120,11 +120,8 @@ def lists(plan: Plan, batch: int, heads: int, width: int, *, by_keys: bool) -> L
     sizes = plan.q_sizes_BHT(), plan.kv_sizes_BHT()
     rows, columns = reversed(sizes) if by_keys else sizes
     at = _starts(-(-columns // width))
-    seen = columns.expand(*blocks.shape[:2], -1).flatten(0, 1)
-    pairs = torch.zeros(blocks.rows, dtype=torch.int64)
-    place = torch.div(blocks.row_ids, blocks.shape[2], rounding_mode="floor") * blocks.shape[3] + blocks.columns
-    pairs.index_add_(0, blocks.row_ids, seen.flatten()[place])
-    work = (pairs.view(blocks.shape[:3]) * rows).expand(batch, heads, -1).flatten()
+    pairs = blocks.tokens(columns).view(blocks.shape[:3])
+    work = (pairs * rows).expand(batch, heads, -1).flatten()
     task = work.argsort(descending=True, stable=True)
     return Lists(blocks, (_starts(rows), _starts(columns)), at, int(at[..., -1].max()), task)
 

@@ -28,14 +28,17 @@ from falloff.kernels.product import product
 from falloff.methods.adaspa import check_every, due
 from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.ear import segment_means
-from falloff.methods.kmeans import Clusters, first_centroids, kmeans
+from falloff.methods.kmeans import Clusters, kmeans
 from falloff.methods.layout import NOT_FINITE, check_count, check_share
-from falloff.methods.pinned import Side, grid_tokens, plan_with_text
+from falloff.methods.pinned import Side, blocks_with_text, grid_tokens, plan_with_text
+from falloff.methods.svg2 import neighbours
 from falloff.plan import Plan
 from falloff.schedule import Schedule
 
 LOOK_BYTES = 128 << 20
 """Weights held at once during a look."""
+CPU_LOOK_BYTES = 4 << 20
+"""The same on CPUs, where passes over weights that have left a core's cache take longer than the product."""
 WEIGHT_BYTES = 8
 """Of one query and key: its weight, in place of its logit, and what sums need on the way."""
 MOST_CLUSTERS = 1000
@@ -51,7 +54,7 @@ class Contour(Method):
     queries: of every cluster that are looked at; what a look costs and what it is worth grow with their share.
     look_every: steps from one look to the next, or their share of all steps when a float.
     first_iterations: k-means iterations of a layer's first look; iterations: of every later one.
-    seed: of the tokens that k-means starts from.
+    seed: of where the stretches of neighbours are cut that k-means starts from.
     """
 
     name: ClassVar[str] = "contour"
@@ -69,8 +72,8 @@ class Contour(Method):
     k_tokens: int = 32
     queries: int = 24
     look_every: int | float = 0.25
-    first_iterations: int = 10
-    iterations: int = 2
+    first_iterations: int = 3
+    iterations: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,26 +95,25 @@ class Contour(Method):
             plan: Plan = kept["plan"]
             return plan
         q_video, k_video = (grid_tokens(x, call.sequence) for x in (q_BHND, k_BHND))
-        q, k = (
-            self._cluster(q_video, self.q_tokens, kept.get("q")),
-            self._cluster(k_video, self.k_tokens, kept.get("k")),
-        )
+        q = self._cluster(q_video, self.q_tokens, kept.get("q"), call, state)
+        k = self._cluster(k_video, self.k_tokens, kept.get("k"), call, state)
         if not bool(q.finite & k.finite):
             return NOT_FINITE
         q_order, k_order = q.order(), k.order()
-        looked = torch.take_along_dim(q_video, spread(q_order, q.sizes, self.queries)[..., None], 2)
+        looked = _taken(q_video, spread(q_order, q.sizes, self.queries))
         worth = spared(looked, k_video, k_order, k.sizes, self.queries)
         on = best_pairs(worth, q.sizes, k.sizes, self.density)
-        plan = plan_with_text(call.sequence, Side(q_order, q.sizes), Side(k_order, k.sizes), on, summary=True)
+        blocks = blocks_with_text(call.sequence, on, q.sizes, k.sizes)
+        plan = plan_with_text(call.sequence, Side(q_order, q.sizes), Side(k_order, k.sizes), blocks, summary=True)
         state.values = {"shape": shape, "step": call.step, "plan": plan}
         state.values |= {"q": q.centroids.to(q_BHND.dtype), "k": k.centroids.to(k_BHND.dtype)}
         return plan
 
-    def _cluster(self, x_BHND: Tensor, tokens: int, before: Tensor | None) -> Clusters:
+    def _cluster(self, x_BHND: Tensor, tokens: int, before: Tensor | None, call: Call, state: State) -> Clusters:
         if before is not None:
             return kmeans(x_BHND, before, self.iterations)
         count = min(-(-x_BHND.shape[2] // tokens), MOST_CLUSTERS)
-        return kmeans(x_BHND, first_centroids(x_BHND, count, self.seed), self.first_iterations)
+        return kmeans(x_BHND, neighbours(x_BHND, count, self.seed, call, state), self.first_iterations)
 
 
 def spread(order_BHN: Tensor, sizes_BHC: Tensor, count: int) -> Tensor:
@@ -136,9 +138,10 @@ def spared(looked_BHRD: Tensor, keys_BHND: Tensor, order_BHN: Tensor, sizes_BHC:
     clusters = rows // per_cluster
     worth = torch.empty(batch, heads, clusters, sizes_BHC.shape[2], dtype=exact, device=keys_BHND.device)
     row_bytes = WEIGHT_BYTES * keys_BHND.shape[2] * per_cluster
-    together = max(1, min(clusters, LOOK_BYTES // row_bytes))
-    for group in groups_within(batch, heads, together * row_bytes, LOOK_BYTES):
-        keys, lengths = torch.take_along_dim(keys_BHND[group], order_BHN[group][..., None], 1), sizes_BHC[group]
+    look_bytes = min(LOOK_BYTES, CPU_LOOK_BYTES) if keys_BHND.device.type == "cpu" else LOOK_BYTES
+    together = max(1, min(clusters, look_bytes // row_bytes))
+    for group in groups_within(batch, heads, together * row_bytes, look_bytes):
+        keys, lengths = _taken(keys_BHND[group], order_BHN[group]), sizes_BHC[group]
         means = _by_cluster(keys.to(exact), lengths)
         for first in range(0, clusters, together):
             some = slice(first * per_cluster, (first + together) * per_cluster)
@@ -171,6 +174,11 @@ def best_pairs(worth_BHQK: Tensor, q_sizes_BHQ: Tensor, k_sizes_BHK: Tensor, den
     within = pairs.flatten(1).gather(1, order).cumsum(1) <= budget
     on = torch.zeros_like(within).scatter_(1, order, within).view(worth_BHQK.shape)
     return on | first
+
+
+def _taken(x: Tensor, places: Tensor) -> Tensor:
+    """Tokens [..., n, D] at places [..., n] of x [..., N, D]."""
+    return x.gather(-2, places[..., None].expand(*places.shape, x.shape[-1]))
 
 
 def _by_cluster(x_HND: Tensor, lengths_HC: Tensor) -> Tensor:

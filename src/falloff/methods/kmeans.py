@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from falloff.kernels.groups import groups_within, head_groups
+from falloff.kernels.groups import Group, groups_within, head_groups
 from falloff.kernels.product import product
 
 CHUNK_BYTES = 32 << 20
 """Scores, memberships and copies of tokens held at once."""
-SORT_BYTES = 40
-"""Of one token while it is sorted: its cluster and its place, twice, and what the sort needs on the way."""
+CPU_CHUNK_BYTES = 2 << 20
+"""The same on CPUs, where passes over scores that have left a core's cache would be half of the time."""
+SORT_BYTES, SORTED_BYTES = 40, 16 << 20
+"""Of one token while it is sorted: its cluster and its place, twice, and what the sort needs on the way; of all."""
 SUM_BYTES = 16 << 20
 """Sums of tokens by cluster held at once, the old and the new."""
 
@@ -43,9 +45,17 @@ class Clusters(NamedTuple):
         """Tokens cluster by cluster, in the given order inside each: int64 [B, H, N]."""
         batch, heads, length = self.labels.shape
         order = torch.empty(self.labels.shape, dtype=torch.int64, device=self.labels.device)
-        for group in groups_within(batch, heads, SORT_BYTES * length):
-            order[group] = self.labels[group].sort(dim=-1, stable=True).indices
+        for group in groups_within(batch, heads, SORT_BYTES * length, SORTED_BYTES):
+            order[group] = self.order_of(group)
         return order
+
+    def order_of(self, group: Group) -> Tensor:
+        """The same of some heads, int64 [h, N]."""
+        labels = self.labels[group]
+        if labels.device.type == "cpu":  # NumPy sorts numbers of two bytes by their digits, several times faster
+            narrow = labels.numpy().astype(np.min_scalar_type(self.sizes.shape[2] - 1))
+            return torch.from_numpy(np.argsort(narrow, -1, kind="stable"))
+        return labels.sort(dim=-1, stable=True).indices
 
 
 class Chunks(NamedTuple):
@@ -63,13 +73,13 @@ def kmeans(x_BHND: Tensor, centroids_BHCD: Tensor, iterations: int, *, stride: i
     every ``stride``-th. Without iterations tokens are assigned to the centroids as given. Each (batch entry, head) is
     on its own, bit for bit.
     """
-    batch, heads, length, head_dim = x_BHND.shape
+    batch, heads, length, _ = x_BHND.shape
     clusters = centroids_BHCD.shape[2]
     centroids = centroids_BHCD.to(torch.promote_types(x_BHND.dtype, torch.float32), copy=True)
     labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x_BHND.device)
     sizes = torch.empty(batch, heads, clusters, dtype=torch.int64, device=x_BHND.device)
     finite = torch.ones((), dtype=torch.bool, device=x_BHND.device)
-    chunks = chunks_for(heads, head_dim, clusters)
+    chunks = _chunks(x_BHND, clusters)
     for group in head_groups(batch, heads, chunks.heads):
         x, center = x_BHND[group], centroids[group]
         for _ in range(iterations - 1):
@@ -82,22 +92,50 @@ def kmeans(x_BHND: Tensor, centroids_BHCD: Tensor, iterations: int, *, stride: i
 
 
 @torch.no_grad()
-def first_centroids(x_BHND: Tensor, clusters: int, seed: int = 0) -> Tensor:
-    """Tokens drawn without replacement, at the same places in every head: [B, H, C, D].
+def first_centroids(
+    x_BHND: Tensor, clusters: int, seed: int = 0, *, order_N: Tensor | None = None, parts: int = 1
+) -> Tensor:
+    """Means of neighbours, in float32 (float64 for float64): [B, H, C, D].
 
-    Raises ``ValueError`` for more clusters than tokens.
+    Tokens along ``order_N`` (``None``: as given) are ``parts`` of equal length, a video's frames, and each is cut into
+    equal stretches, the first up to a quarter shorter as the seed draws. Neighbours are alike, so that a few iterations
+    from here reach further than many from single tokens. Raises ``ValueError`` for more clusters than tokens.
     """
-    length = x_BHND.shape[2]
+    batch, heads, length, head_dim = x_BHND.shape
     if not 1 <= clusters <= length:
         raise ValueError(f"{clusters} clusters of {length} tokens: use 1 to {length} clusters")
-    places = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:clusters]
-    return x_BHND[:, :, places.to(x_BHND.device)].to(torch.promote_types(x_BHND.dtype, torch.float32))
+    earlier = int(torch.randint(1 + length // (4 * clusters), (), generator=torch.Generator().manual_seed(seed)))
+    first = torch.arange(parts + 1, device=x_BHND.device)[:, None] * clusters // parts
+    count = first.diff(dim=0)
+    place = torch.arange(length // parts, device=x_BHND.device) + earlier
+    stretch = (first[:-1] + (place * count // len(place)).minimum((count - 1).clamp(min=0))).flatten()
+    sizes = torch.bincount(stretch, minlength=clusters)
+    label = stretch if order_N is None else torch.empty_like(stretch).index_copy_(0, order_N, stretch)
+    exact = torch.promote_types(x_BHND.dtype, torch.float32)
+    centroids = torch.zeros(batch, heads, clusters, head_dim, dtype=exact, device=x_BHND.device)
+    chunks = _chunks(x_BHND, clusters)
+    for group in head_groups(batch, heads, chunks.heads):
+        x, sums = x_BHND[group], centroids[group]
+        for start in range(0, length, chunks.tokens):
+            part = x[:, start : start + chunks.tokens]
+            _add_members(sums, part, label[start : start + chunks.tokens].expand(len(part), -1))
+        sums /= sizes[:, None]
+    return centroids
 
 
 def chunks_for(heads: int, head_dim: int, clusters: int) -> Chunks:
     """Heads whose sums fit ``SUM_BYTES``, and tokens of theirs whose scores fit ``CHUNK_BYTES``; at least one each."""
     together = min(heads, max(1, SUM_BYTES // (2 * _SIZE * clusters * head_dim)))
     return Chunks(together, max(1, CHUNK_BYTES // (together * _token_bytes(head_dim, clusters))))
+
+
+def _chunks(x_BHND: Tensor, clusters: int) -> Chunks:
+    """Those of ``chunks_for``, but fewer tokens on a CPU."""
+    most = chunks_for(x_BHND.shape[1], x_BHND.shape[3], clusters)
+    if x_BHND.device.type != "cpu":
+        return most
+    in_cache = CPU_CHUNK_BYTES // (most.heads * _token_bytes(x_BHND.shape[3], clusters))
+    return Chunks(most.heads, min(most.tokens, max(1, in_cache)))
 
 
 def extra_bytes(batch: int, heads: int, length: int, head_dim: int, clusters: int) -> int:
@@ -126,7 +164,7 @@ def _improve(
         _add_members(sums, part, nearest)
         sizes.scatter_add_(1, nearest, torch.ones_like(nearest))
     sums /= sizes.clamp(min=1)[..., None]
-    center.copy_(torch.where(sizes[..., None] > 0, sums, center))
+    torch.where(sizes[..., None] > 0, sums, center, out=center)
     return sizes
 
 

@@ -24,22 +24,28 @@ def grid_tokens(x_BHND: Tensor, sequence: Sequence) -> Tensor:
     return x_BHND[:, :, sequence.video_start : sequence.video_start + sequence.grid.tokens]
 
 
-def plan_with_text(sequence: Sequence, q: Side, kv: Side, on_BHQK: Tensor, *, summary: bool = False) -> Plan:
-    """A plan over the whole sequence; text sees all and is seen by all. Blocks without tokens are left out.
+def blocks_with_text(sequence: Sequence, on_BHQK: Tensor, q_sizes_BHT: Tensor, kv_sizes_BHT: Tensor) -> BlockMap:
+    """The map of ``plan_with_text``, which takes less memory than booleans: text sees all and is seen by all.
 
-    ``summary``: as for a plan.
+    Blocks without tokens are left out, in ``on_BHQK`` itself too.
     """
-    on = on_BHQK & (q.sizes > 0)[..., :, None] & (kv.sizes > 0)[..., None, :]
+    on = on_BHQK.logical_and_((q_sizes_BHT > 0)[..., :, None]).logical_and_((kv_sizes_BHT > 0)[..., None, :])
     if sequence.text:
         ends = (1, 0) if sequence.text_side == "before" else (0, 1)
         on = F.pad(on, (*ends, *ends), value=True)
+    return BlockMap.from_dense(on)
+
+
+def plan_with_text(sequence: Sequence, q: Side, kv: Side, blocks: BlockMap, *, summary: bool = False) -> Plan:
+    """A plan over the whole sequence, of a map from ``blocks_with_text``. ``summary``: as for a plan."""
+    if sequence.text:
         q, kv = _with_text(sequence, q), _with_text(sequence, kv)
     return Plan(
         q_len=sequence.tokens,
         kv_len=sequence.tokens,
         q_sizes=q.sizes,
         kv_sizes=kv.sizes,
-        blocks=BlockMap.from_dense(on),
+        blocks=blocks,
         q_order=q.order,
         kv_order=kv.order,
         summary=summary,

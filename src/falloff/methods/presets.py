@@ -79,32 +79,32 @@ PRESETS: dict[str, Preset] = {
         evidence=f"{PAPER} Table 2: 480x848, 667 frames, with a length LoRA, 2.57x",
     ),
     "svg2/paper": Preset(
-        method=SVG2(q_clusters=100, k_clusters=500, first_iterations=50, span=0),
+        method=SVG2(q_clusters=100, k_clusters=500, first_iterations=50, iterations=2, span=0),
         schedule=Schedule(dense_first=0.3, dense_layers=()),
         evidence=f"{SVG2_PAPER}: Wan2.1-T2V-14B 25.8 dB PSNR at 29.5%, 1.60x; HunyuanVideo 30.5 dB at 25.5%, 2.30x",
     ),
     "svg2/wan2.1-14b": Preset(
-        method=SVG2(q_clusters=300, k_clusters=1000, first_iterations=50, span=0),
+        method=SVG2(q_clusters=300, k_clusters=1000, first_iterations=50, iterations=2, span=0),
         schedule=Schedule(dense_first=0.2),
         evidence=f"{SVG_SCRIPTS}: 720p, 81 frames, 10 of 50 steps dense",
     ),
     "svg2/wan2.1-14b-i2v-480p": Preset(
-        method=SVG2(q_clusters=200, k_clusters=1000, first_iterations=50, span=0),
+        method=SVG2(q_clusters=200, k_clusters=1000, first_iterations=50, iterations=2, span=0),
         schedule=Schedule(dense_first=0.2),
         evidence=f"{SVG_SCRIPTS}: 480p, 81 frames, 8 of 40 steps dense",
     ),
     "svg2/wan2.1-14b-i2v-720p": Preset(
-        method=SVG2(q_clusters=300, k_clusters=1000, first_iterations=50, span=0),
+        method=SVG2(q_clusters=300, k_clusters=1000, first_iterations=50, iterations=2, span=0),
         schedule=Schedule(dense_first=0.35),
         evidence=f"{SVG_SCRIPTS}: 720p, 81 frames, 14 of 40 steps dense",
     ),
     "svg2/hunyuan": Preset(
-        method=SVG2(q_clusters=400, k_clusters=1000, first_iterations=50, span=0),
+        method=SVG2(q_clusters=400, k_clusters=1000, first_iterations=50, iterations=2, span=0),
         schedule=Schedule(dense_first=0.1),
         evidence=f"{SVG_SCRIPTS}: 720p, 129 frames, 5 of 50 steps dense",
     ),
     "svg2/hunyuan-480p": Preset(
-        method=SVG2(q_clusters=200, k_clusters=1000, first_iterations=50, span=0),
+        method=SVG2(q_clusters=200, k_clusters=1000, first_iterations=50, iterations=2, span=0),
         schedule=Schedule(dense_first=0.04, dense_layers=()),
         evidence=f"{SVG_SCRIPTS}: 480p, 129 frames, 2 of 50 steps dense",
     ),

@@ -6,7 +6,9 @@ lower index, and every row keeps at least one block.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,14 +20,16 @@ def cover(mass: Tensor, share: float | Tensor, *, least: int | Tensor = 1, equal
     keeps all others. With ``equal`` this is Sparse VideoGen2's rule; without, it is the smallest set with at least
     ``share`` of the mass, as XAttention and PBS take it. ``share`` and ``least`` may be tensors [..., 1] for rows.
     """
-    ordered, rank_to_block = _exact(mass).sort(dim=-1, descending=True, stable=True)
+    exact = _exact(mass)
+    ordered = _descending(exact)
     up_to = ordered.cumsum(-1)
-    before = torch.cat([torch.zeros_like(up_to[..., :1]), up_to[..., :-1]], -1)
     bound = share * up_to[..., -1:]
+    before = F.pad(up_to[..., :-1], (1, 0))
     below = before <= bound if equal else before < bound
     all_of_it = torch.as_tensor(share, device=mass.device) >= 1  # whatever the sum's rounding says
-    rank = torch.arange(mass.shape[-1], device=mass.device)
-    return _placed((ordered > 0) & (below | all_of_it) | (rank < least), rank_to_block)
+    count = ((ordered > 0) & (below | all_of_it)).sum(-1, keepdim=True)  # a row's first ones, for sums only rise
+    count = count.maximum(torch.as_tensor(least, device=mass.device)).clamp(max=mass.shape[-1])
+    return _first(exact, ordered, count)
 
 
 def mass_ge(mass: Tensor, share: float | Tensor, *, least: int | Tensor = 1) -> Tensor:
@@ -38,11 +42,11 @@ def mass_le(mass: Tensor, share: float | Tensor) -> Tensor:
 
     SpargeAttn's rule: the block that crosses the share is left out, unlike in ``cover``.
     """
-    ordered, rank_to_block = _exact(mass).sort(dim=-1, descending=True, stable=True)
+    exact = _exact(mass)
+    ordered = _descending(exact)
     up_to = ordered.cumsum(-1)
-    kept = up_to <= share * up_to[..., -1:]
-    kept[..., 0] = True
-    return _placed(kept, rank_to_block)
+    count = (up_to <= share * up_to[..., -1:]).sum(-1, keepdim=True)
+    return _first(exact, ordered, count.clamp(min=1))
 
 
 def topk(score: Tensor, count: int | Tensor) -> Tensor:
@@ -53,12 +57,8 @@ def topk(score: Tensor, count: int | Tensor) -> Tensor:
     blocks = score.shape[-1]
     if isinstance(count, int):
         count = min(count, blocks)
-        threshold = score.topk(count, -1).values[..., -1:]
-    else:
-        count = count.clamp(max=blocks).expand(*score.shape[:-1], 1)
-        threshold = score.sort(dim=-1, descending=True).values.gather(-1, count - 1)
-    above, ties = score > threshold, score == threshold
-    return above | ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True))
+        return _down_to(score, score.topk(count, -1).values[..., -1:], count)
+    return _first(score, _descending(score), count.clamp(max=blocks).expand(*score.shape[:-1], 1))
 
 
 def union(score: Tensor, count: int | Tensor, share: float | Tensor) -> Tensor:
@@ -85,5 +85,19 @@ def _exact(mass: Tensor) -> Tensor:
     return mass.to(torch.promote_types(mass.dtype, torch.float32))
 
 
-def _placed(kept_by_rank: Tensor, rank_to_block: Tensor) -> Tensor:
-    return torch.zeros_like(kept_by_rank).scatter_(-1, rank_to_block, kept_by_rank)
+def _descending(x: Tensor) -> Tensor:
+    """The numbers of every row [..., K], the highest first; which block each belongs to is not needed."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):  # NumPy's sort is many times faster
+        return torch.from_numpy(np.sort(x.detach().numpy(), -1)).flip(-1)
+    return x.sort(dim=-1, descending=True).values
+
+
+def _first(x: Tensor, ordered: Tensor, count: Tensor) -> Tensor:
+    """The ``count`` [..., 1] highest blocks of every row, at least one each, given the rows in descending order."""
+    return _down_to(x, ordered.gather(-1, count - 1), count)
+
+
+def _down_to(x: Tensor, threshold: Tensor, count: int | Tensor) -> Tensor:
+    """The blocks above the threshold, and of those at it as many, from the lowest index, as make up ``count``."""
+    above, ties = x > threshold, x == threshold
+    return above | ties & (ties.cumsum(-1, dtype=torch.int32) <= count - above.sum(-1, keepdim=True))

@@ -6,7 +6,8 @@ cq_i and ck_j and m_j keys in cluster j, the attention of cluster i to cluster j
     P_ij = m_j exp(cq_i . ck_j / sqrt(D)) / sum_l m_l exp(cq_i . ck_l / sqrt(D)),
 
 and the heaviest clusters of every row are computed until their mass reaches ``mass``. Centroids are carried over from
-call to call of a layer, so that a few iterations keep them good. Text is neither clustered nor left out.
+call to call of a layer, so that an iteration keeps them good; the first start as means of neighbours along a Hilbert
+curve in every frame, not as random tokens, and need three. Text is neither clustered nor left out.
 
 With ``summary`` this is SVG-EAR (arXiv:2603.08982, see ear.py): of the same budget the clusters are computed whose
 means would answer worst, and those skipped answer by their means instead of not at all.
@@ -21,12 +22,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from falloff.geometry import order
 from falloff.kernels.groups import groups_within
 from falloff.methods.base import Call, Choices, Dense, Method, Span, State
 from falloff.methods.ear import KEY_BYTES, error_per_pair, spend
 from falloff.methods.kmeans import Clusters, first_centroids, kmeans
 from falloff.methods.layout import NOT_FINITE
-from falloff.methods.pinned import Side, grid_tokens, plan_with_text
+from falloff.methods.pinned import Side, blocks_with_text, grid_tokens, plan_with_text
 from falloff.methods.select import cover
 from falloff.plan import Plan
 from falloff.schedule import Schedule
@@ -39,6 +41,8 @@ SORTED_BYTES = 12
 """Of a channel of a key, in the order of the clusters: itself, in float32, and what goes into a product."""
 SELECTION_BYTES = 32
 """Of one pair of clusters while the heaviest are found: its mass, sorted, ranked and summed."""
+SELECTED_BYTES = 20 << 20
+"""Held at once for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +56,8 @@ class SVG2(Method):
     first_iterations: k-means iterations of a layer's first call; iterations: of every later one.
     stride: iterations but the last look at every stride-th token.
     span: how many further calls of a layer use its plan again before it is made anew. The published code makes one at
-        every call; one more call with it costs no fidelity that we could measure, and half of the planning.
-    seed: of the tokens that k-means starts from.
+        every call; two more calls with it cost no fidelity that we could measure, and save two thirds of the planning.
+    seed: of where the stretches of neighbours are cut that k-means starts from.
     summary: SVG-EAR; ``mass`` and ``min_share`` then say how many keys a row may see, not which.
     """
 
@@ -74,10 +78,10 @@ class SVG2(Method):
     k_clusters: int | Literal["auto"] = "auto"
     mass: float = 0.9
     min_share: float = 0.1
-    first_iterations: int = 10
-    iterations: int = 2
+    first_iterations: int = 3
+    iterations: int = 1
     stride: int = 1
-    span: int = 1
+    span: int = 2
     seed: int = 0
     summary: bool = False
 
@@ -98,19 +102,23 @@ class SVG2(Method):
         """Clusters of the layer's last call are where this one starts, unless sizes have changed."""
         shape = (call.sequence, q_BHND.shape, q_BHND.device)
         kept = state.values if state.values.get("shape") == shape else {}
-        if kept.get("uses", 0) > 0:
+        if "plan" in kept:
             kept["uses"] -= 1
-            plan: Plan = kept["plan"]
-            return plan
+            last: Plan = kept["plan"] if kept["uses"] else kept.pop("plan")
+            return last
         q_video, k_video = (grid_tokens(x, call.sequence) for x in (q_BHND, k_BHND))
-        q = self._cluster(q_video, self._count("q_clusters", call), kept.get("q"))
-        k = self._cluster(k_video, self._count("k_clusters", call), kept.get("k"))
+        q = self._cluster(q_video, self._count("q_clusters", call), kept.get("q"), call, state)
+        k = self._cluster(k_video, self._count("k_clusters", call), kept.get("k"), call, state)
         if not bool(q.finite & k.finite):
             return NOT_FINITE
-        k_order = k.order()
-        on = self._select(q, k, k_video, k_order)
-        plan = plan_with_text(call.sequence, Side(q.order(), q.sizes), Side(k_order, k.sizes), on, summary=self.summary)
-        state.values = {"shape": shape, "q": _kept(q, q_BHND), "k": _kept(k, k_BHND)}
+        blocks = blocks_with_text(call.sequence, self._on(q, k, k_video), q.sizes, k.sizes)
+        q, k = (_to_keep(found, q_BHND.dtype) for found in (q, k))
+        state.values = {"shape": shape, "q": q.centroids, "k": k.centroids}
+        q_side = Side(q.order(), q.sizes)
+        del kept, q  # centroids of before and labels that are done with take about as much as the plan
+        k_side = Side(k.order(), k.sizes)
+        del k
+        plan = plan_with_text(call.sequence, q_side, k_side, blocks, summary=self.summary)
         if self.span:
             state.values |= {"plan": plan, "uses": self.span}
         return plan
@@ -124,30 +132,49 @@ class SVG2(Method):
             raise ValueError(f'{field} = {value} is more than the grid\'s {tokens} tokens; use fewer, or "auto"')
         return int(value)
 
-    def _cluster(self, x_BHND: Tensor, clusters: int, before: Any) -> Clusters:
+    def _cluster(self, x_BHND: Tensor, clusters: int, before: Any, call: Call, state: State) -> Clusters:
         if before is None:
-            start = first_centroids(x_BHND, clusters, self.seed)
+            start = neighbours(x_BHND, clusters, self.seed, call, state)
             return kmeans(x_BHND, start, self.first_iterations, stride=self.stride)
         return kmeans(x_BHND, before, self.iterations, stride=self.stride)
 
-    def _select(self, q: Clusters, k: Clusters, keys_BHND: Tensor, k_order: Tensor) -> Tensor:
+    def _on(self, q: Clusters, k: Clusters, keys_BHND: Tensor) -> Tensor:
         """Which pairs of clusters are computed, bool [B, H, Cq, Ck]."""
         batch, heads, q_clusters = q.sizes.shape
         on = torch.empty(*q.sizes.shape, k.sizes.shape[2], dtype=torch.bool, device=q.sizes.device)
         least = max(1, int(self.min_share * k.sizes.shape[2] + 1e-6))
-        for group in groups_within(batch, heads, SELECTION_BYTES * q_clusters * k.sizes.shape[2]):
+        for group in groups_within(batch, heads, SELECTION_BYTES * q_clusters * k.sizes.shape[2], SELECTED_BYTES):
             share = estimated_mass(q.centroids[group], k.centroids[group], k.sizes[group])
             on[group] = cover(share, self.mass, least=least)
-        if not self.summary:
-            return on
-        length, head_dim = keys_BHND.shape[2:]
-        head_bytes = length * (KEY_BYTES * min(q_clusters, ROUTED_TOGETHER) + SORTED_BYTES * head_dim)
-        for group in groups_within(batch, heads, head_bytes):
-            sizes = k.sizes[group][:, None].expand(on[group].shape)
-            keys = torch.take_along_dim(keys_BHND[group], k_order[group][..., None], 1)
-            error = error_per_pair(q.centroids[group], keys, k.sizes[group])
-            on[group] = spend(error, sizes, (sizes * on[group]).sum(-1, keepdim=True))
+        if self.summary:
+            _route(on, q, k, keys_BHND)
         return on
+
+
+def neighbours(x_BHND: Tensor, clusters: int, seed: int, call: Call, state: State) -> Tensor:
+    """Centroids to start from: means of the grid's tokens along a Hilbert curve in every frame, [B, H, C, D].
+
+    The curve is made once for all calls of a session.
+    """
+    grid, device = call.sequence.grid, x_BHND.device
+    key = ("hilbert", grid, device)
+    if key not in state.shared:
+        curve = order("hilbert", grid)
+        assert curve is not None  # as it is for raster order alone
+        state.shared[key] = curve.to(device)
+    return first_centroids(x_BHND, clusters, seed, order_N=state.shared[key], parts=grid.frames)
+
+
+def _route(on_BHQK: Tensor, q: Clusters, k: Clusters, keys_BHND: Tensor) -> None:
+    """Exchange a row's pairs of clusters, in place, for those whose means would answer worst, of no more keys."""
+    batch, heads, length, head_dim = keys_BHND.shape
+    head_bytes = length * (KEY_BYTES * min(q.sizes.shape[2], ROUTED_TOGETHER) + SORTED_BYTES * head_dim)
+    for group in groups_within(batch, heads, head_bytes):
+        sizes = k.sizes[group][:, None].expand(on_BHQK[group].shape)
+        places = k.order_of(group)[..., None].expand(-1, -1, head_dim)
+        keys = keys_BHND[group].gather(1, places)
+        error = error_per_pair(q.centroids[group], keys, k.sizes[group])
+        on_BHQK[group] = spend(error, sizes, (sizes * on_BHQK[group]).sum(-1, keepdim=True))
 
 
 def estimated_mass(q_HCD: Tensor, k_HCD: Tensor, k_sizes_HC: Tensor) -> Tensor:
@@ -157,9 +184,9 @@ def estimated_mass(q_HCD: Tensor, k_HCD: Tensor, k_sizes_HC: Tensor) -> Tensor:
     return mass
 
 
-def _kept(clusters: Clusters, x_BHND: Tensor) -> Tensor:
-    """Centroids to start from next time; the tokens' precision is all that the first look at them needs."""
-    return clusters.centroids.to(x_BHND.dtype)
+def _to_keep(clusters: Clusters, dtype: torch.dtype) -> Clusters:
+    """With centroids to start from next time; the tokens' precision is all that the first look at them needs."""
+    return clusters._replace(centroids=clusters.centroids.to(dtype))
 
 
 def _at_least(value: object, least: int) -> bool:
