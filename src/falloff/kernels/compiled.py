@@ -47,7 +47,7 @@ def _file(source: Path) -> Path:
     for file in sorted(source.parent.glob("*.?pp")):
         mark.update(file.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "falloff"
-    made = folder / f"{source.parent.name}-{mark.hexdigest()[:16]}.so"
+    made = folder / f"{source.stem}-{mark.hexdigest()[:16]}.so"
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:

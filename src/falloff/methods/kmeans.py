@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from falloff.kernels import nearest
 from falloff.kernels.groups import Group, groups_within, head_groups
 from falloff.kernels.product import product
 
@@ -87,7 +88,7 @@ def kmeans(x_BHND: Tensor, centroids_BHCD: Tensor, iterations: int, *, stride: i
         if iterations:
             sizes[group] = _improve(x, center, chunks.tokens, labels[group], finite)
         else:
-            sizes[group] = _assign(x, center, chunks.tokens, labels[group], finite)
+            sizes[group] = _members(x, center, chunks.tokens, labels[group], finite)[1]
     return Clusters(labels, centroids, sizes, finite)
 
 
@@ -159,13 +160,27 @@ def _improve(
     x: Tensor, center: Tensor, tokens: int, labels: Tensor | None = None, finite: Tensor | None = None
 ) -> Tensor:
     """Move centers [heads, C, D] in place to the means of their tokens [heads, N, D]; how many each has."""
-    sums, sizes = torch.zeros_like(center), _no_tokens(center)
-    for part, nearest in _nearest(x, center, tokens, labels, finite):
-        _add_members(sums, part, nearest)
-        sizes.scatter_add_(1, nearest, torch.ones_like(nearest))
+    sums, sizes = _members(x, center, tokens, labels, finite)
     sums /= sizes.clamp(min=1)[..., None]
     torch.where(sizes[..., None] > 0, sums, center, out=center)
     return sizes
+
+
+def _members(
+    x: Tensor, center: Tensor, tokens: int, labels: Tensor | None, finite: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of every center the sum of its tokens and their number; these are noted in ``labels`` where they are given."""
+    if center.dtype == x.dtype and nearest.runs(x):
+        found = nearest.assign(x, *_offsets(x, center))
+        if labels is not None and finite is not None:
+            labels.copy_(found.labels)
+            finite &= found.finite
+        return found.sums, found.sizes
+    sums, sizes = torch.zeros_like(center), _no_tokens(center)
+    for part, place in _nearest(x, center, tokens, labels, finite):
+        _add_members(sums, part, place)
+        sizes.scatter_add_(1, place, torch.ones_like(place))
+    return sums, sizes
 
 
 def _add_members(sums: Tensor, part: Tensor, nearest: Tensor) -> None:
@@ -181,30 +196,27 @@ def _add_members(sums: Tensor, part: Tensor, nearest: Tensor) -> None:
     sums += product(member.mT, part)
 
 
-def _assign(x: Tensor, center: Tensor, tokens: int, labels: Tensor, finite: Tensor) -> Tensor:
-    """Label tokens without moving a center; how many tokens each has."""
-    sizes = _no_tokens(center)
-    for _, nearest in _nearest(x, center, tokens, labels, finite):
-        sizes.scatter_add_(1, nearest, torch.ones_like(nearest))
-    return sizes
-
-
 def _nearest(
     x: Tensor, center: Tensor, tokens: int, labels: Tensor | None, finite: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of tokens with the index of their nearest center [heads, n]; noted in ``labels`` where these are given."""
+    offset, bias = _offsets(x, center)
+    for start in range(0, x.shape[1], tokens):
+        part = x[:, start : start + tokens]
+        closeness = product(part, offset.mT).sub_(bias[:, None])
+        place = _highest(closeness)
+        if labels is not None and finite is not None:
+            labels[:, start : start + tokens] = place
+            finite &= closeness.gather(2, place[..., None]).isfinite().all()
+        yield part, place
+
+
+def _offsets(x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """d_j [heads, C, D] of the module's docstring, and what is taken off its product [heads, C]."""
     mu = center.mean(1, keepdim=True)
     offset = (center - mu).to(x.dtype)  # multiplied in the tokens' precision, and consistent with that below
     exact = offset.to(center.dtype)
-    bias = (exact.square() / 2 + mu * exact).sum(-1)[:, None]
-    for start in range(0, x.shape[1], tokens):
-        part = x[:, start : start + tokens]
-        closeness = product(part, offset.mT).sub_(bias)
-        nearest = _highest(closeness)
-        if labels is not None and finite is not None:
-            labels[:, start : start + tokens] = nearest
-            finite &= closeness.gather(2, nearest[..., None]).isfinite().all()
-        yield part, nearest
+    return offset, (exact.square() / 2 + mu * exact).sum(-1)
 
 
 def _highest(x: Tensor) -> Tensor:

@@ -5,13 +5,12 @@
 // queries and keys, but keys and queries where the gradients of keys and values are computed.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <thread>
 #include <vector>
 
 #include "products.hpp"
+#include "threads.hpp"
 
 namespace {
 
@@ -314,16 +313,6 @@ void differentiate_head(const Call &c, const Packed &queries, Buffer &d_q, Scrat
   }
 }
 
-// Each of `count` items once, by whichever thread comes first; all are done when this returns on any thread.
-struct Shared {
-  std::atomic<int64_t> next{0}, done{0};
-  template <class Body>
-  void each(int64_t count, Body body) {
-    for (int64_t i; (i = next++) < count; done++) body(i);
-    while (done < count) std::this_thread::yield();
-  }
-};
-
 // Pack the columns, then run `body(packed, scratch, shared)` on every thread.
 template <class Body>
 void run(const Call &c, const Tensor *const (&panels)[2], const Tensor *const (&rows)[2],
@@ -337,15 +326,11 @@ void run(const Call &c, const Tensor *const (&panels)[2], const Tensor *const (&
     if (numbers[n]) packed.numbers[n].need(slots);
   }
   Shared packing, computing;
-  auto work = [&] {
+  together(c.threads, [&] {
     Scratch x;
     packing.each(items, [&](int64_t item) { pack(c, packed, panels, rows, numbers, item, x.token); });
     body(packed, x, computing);
-  };
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < c.threads; t++) others.emplace_back(work);
-  work();
-  for (auto &other : others) other.join();
+  });
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ inline Vec all(float x) { return x - Vec{}; }
 inline int64_t over(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
 inline int64_t up(int64_t x, int64_t unit) { return over(x, unit) * unit; }
 
-Vec exp2(Vec x) {
+inline Vec exp2(Vec x) {
   // 2^(n + f): the low bits of x + 1.5 * 2^23 are n; below 2^-127 it is 0, NaN stays NaN.
   const Vec magic = all(12582912.f);
   x = x < -127.f ? all(-127.f) : x;
@@ -49,7 +49,7 @@ Vec exp2(Vec x) {
   return (Vec)((Ints)p + ((Ints)whole << 23));
 }
 
-float largest(Vec x) {
+inline float largest(Vec x) {
   alignas(64) float lane[W];
   *(Vec *)lane = x;
   UNROLL for (int half = W / 2; half; half /= 2)

@@ -1,0 +1,66 @@
+"""One step of k-means on a CPU in C++ (simd/nearest.cpp): scores never leave a core's cache, or are ever written."""
+
+from __future__ import annotations
+
+from ctypes import POINTER, Structure, byref, c_int64, c_void_p
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from falloff.kernels.compiled import CompileError, library
+
+SOURCE = Path(__file__).parent / "simd" / "nearest.cpp"
+THREAD_WORK = 1 << 20
+"""Multiply-adds worth a thread of their own."""
+
+
+class Assigned(NamedTuple):
+    """``labels`` int32 [H, N]; of every center the sum of its tokens [H, C, D] and their number int64 [H, C].
+
+    ``finite``: whether all scores were, 0-d bool; the rest means nothing where they were not.
+    """
+
+    labels: Tensor
+    sums: Tensor
+    sizes: Tensor
+    finite: Tensor
+
+
+def runs(x_HND: Tensor) -> bool:
+    """Whether tokens can be assigned here: float32 on a CPU with a C++ compiler."""
+    on_cpu = x_HND.device.type == "cpu" and x_HND.dtype == torch.float32
+    return on_cpu and not isinstance(library(SOURCE), CompileError)
+
+
+def assign(x_HND: Tensor, offset_HCD: Tensor, bias_HC: Tensor) -> Assigned:
+    """Every token's center of the highest ``x . offset - bias``, ties to the first; one head by one thread."""
+    made = library(SOURCE)
+    assert not isinstance(made, CompileError)  # as runs has told
+    x = x_HND if x_HND.stride(2) == 1 else x_HND.contiguous()
+    offset, bias = offset_HCD.contiguous(), bias_HC.contiguous()
+    (heads, tokens, channels), centers = x.shape, offset.shape[1]
+    found = Assigned(
+        torch.empty(heads, tokens, dtype=torch.int32),
+        torch.zeros_like(offset),
+        torch.zeros(heads, centers, dtype=torch.int64),
+        torch.empty(heads, dtype=torch.bool),
+    )
+    call = _Clustering(x.data_ptr(), *x.stride()[:2], heads, tokens, channels, centers)
+    call.threads = min(torch.get_num_threads(), heads, 1 + x.numel() * centers // THREAD_WORK)
+    call.offset, call.bias = offset.data_ptr(), bias.data_ptr()
+    call.label, call.sums, call.sizes, call.finite = (part.data_ptr() for part in found)
+    made.falloff_nearest.argtypes, made.falloff_nearest.restype = [POINTER(_Clustering)], None
+    made.falloff_nearest(byref(call))
+    return found._replace(finite=found.finite.all())
+
+
+class _Clustering(Structure):
+    """As in the C++."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        *((name, c_int64) for name in ("head", "token", "heads", "count", "channels", "centers", "threads")),
+        *((name, c_void_p) for name in ("offset", "bias", "label", "sums", "sizes", "finite")),
+    )
