@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
@@ -127,9 +128,13 @@ def test_image_to_video_is_trained_and_told_how_to_be_used(falloff, clips: Path,
         *("train", "lora", clips, "--model", tmp_path / "model", *METHOD, *COMMON, "--output", tmp_path / "lora")
     )
     assert done.code == 0, done.err
-    told = f"with falloff.training.loaded(pipe, {str(tmp_path / 'lora')!r}), falloff.using(pipe, falloff.Recipe.load("
-    assert told in done.out
-    assert "falloff generate" not in done.out
+    lora = tmp_path / "lora"
+    told = f"falloff generate PROMPT --image FILE --lora {lora} --method {lora / 'recipe.yaml'} --frames 5"
+    assert told in " ".join(done.out.split())
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    way = ("--image", tmp_path / "red.png", "--lora", lora, "--method", lora / "recipe.yaml", "--frames", 5)
+    done = falloff("generate", "a fox", "--model", tmp_path / "model", *way, "--output", tmp_path / "fox.mp4")
+    assert done.code == 0, done.err
 
 
 def test_a_model_tells_its_size_where_the_pipeline_does_not(falloff, clips: Path, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ class Checkpoint:
     """Legal frame counts leave 1 when divided by this."""
     size_factor: int | None = None
     """Heights and widths are multiples of this."""
+    pipeline: str | None = None
+    """Name of its class."""
 
     def check_size(self, arguments: dict[str, Any]) -> None:
         """Raise ``CommandError`` for frames, height or width that the model cannot make."""
@@ -102,6 +104,7 @@ def _folder(path: Path, name: str, by_class: bool = False) -> Checkpoint:
         fps=hints.get("fps", 16),
         frames_factor=_frames_factor(vae),
         size_factor=_size_factor(vae, transformer),
+        pipeline=index.get("_class_name"),
     )
 
 

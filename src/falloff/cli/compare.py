@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from falloff.cli import checkpoint as checkpoints
-from falloff.cli import compare_images, options, settings
+from falloff.cli import compare_images, options, pictures, settings
 from falloff.cli.errors import USAGE, CommandError, told
 from falloff.cli.progress import Steps
 
@@ -42,6 +42,7 @@ def compare(
     guidance: options.Guidance = None,
     kernel: options.Kernel = "auto",
     lora: options.Lora = None,
+    image: options.Image = None,
     class_: Annotated[
         list[int],
         typer.Option(
@@ -58,7 +59,7 @@ def compare(
     """Measure what methods gain and cost against dense attention; or parallel decoding against sequential."""
     if class_ or (model is not None and checkpoints.decodes(model)):
         sizes = {"--frames": frames, "--height": height, "--width": width}
-        video_only = {"--prompt": prompt, "--set": set_, "--lora": lora, **sizes}
+        video_only = {"--prompt": prompt, "--set": set_, "--lora": lora, "--image": image, **sizes}
         changed = {"--methods": methods != METHODS, "--kernel": kernel != "auto"}
         if given := [name for name, value in {**video_only, **changed}.items() if value]:
             raise CommandError(f"{', '.join(given)} cannot be given where images are decoded", USAGE)
@@ -73,6 +74,7 @@ def compare(
     numbers = _seeds(seeds)
     options.check_kernel(kernel)
     options.check_folder(output)
+    picture = pictures.opened(image)
     checkpoint = checkpoints.find(model)
     arguments = {**checkpoint.defaults, **options.call_arguments(frames, height, width, steps, guidance)}
     checkpoint.check_size(arguments)
@@ -84,7 +86,9 @@ def compare(
     from falloff.evaluation import figures, report
 
     with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
+        pictures.check(checkpoint, picture)
         pipe = pipeline.load(checkpoint)
+        arguments = pictures.added(pipe, arguments, picture)
         with pipeline.running(), pipeline.with_lora(pipe, lora):
             comparison = evaluation.compare(
                 pipe,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from falloff.cli import checkpoint as checkpoints
-from falloff.cli import class_image, options, settings
+from falloff.cli import class_image, options, pictures, settings
 from falloff.cli.errors import USAGE, CommandError, told
 from falloff.cli.progress import Steps
 
@@ -30,6 +30,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same noise.")] = 0,
     kernel: options.Kernel = "auto",
     lora: options.Lora = None,
+    image: options.Image = None,
     class_: Annotated[
         int | None,
         typer.Option("--class", min=0, help="Decode an image of this class instead of a prompt.", show_default=False),
@@ -41,8 +42,14 @@ def generate(
 ) -> None:
     """Make a video with sparse attention, and tell what was computed; or decode an image of a class."""
     if class_ is not None:
-        video_only = {"PROMPT": prompt, "--set": set_, "--frames": frames, "--height": height, "--width": width}
-        video_only |= {"--lora": lora}
+        video_only: dict[str, Any] = {
+            "PROMPT": prompt,
+            "--set": set_,
+            "--frames": frames,
+            "--height": height,
+            "--width": width,
+        }
+        video_only |= {"--lora": lora, "--image": image}
         changed = {"--method": method != METHOD, "--kernel": kernel != "auto"}
         if given := [name for name, value in {**video_only, **changed}.items() if value]:
             raise CommandError(f"{', '.join(given)} cannot be given with --class, which makes one image", USAGE)
@@ -55,6 +62,7 @@ def generate(
         prompt,
         model,
         lora,
+        image,
         settings.choose(method, set_),
         kernel,
         seed,
@@ -67,6 +75,7 @@ def _video(
     prompt: str,
     model: str | None,
     lora: str | None,
+    image: Path | None,
     chosen: settings.Chosen,
     kernel: str,
     seed: int,
@@ -78,6 +87,7 @@ def _video(
         raise CommandError(f"--output {output} must end in .mp4", USAGE)
     options.check_kernel(kernel)
     options.check_folder(output.parent)
+    picture = pictures.opened(image)
     checkpoint = checkpoints.find(model)
     arguments = {**checkpoint.defaults, **given}
     checkpoint.check_size(arguments)
@@ -88,7 +98,9 @@ def _video(
     from falloff.evaluation import video
 
     with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
+        pictures.check(checkpoint, picture)
         pipe = pipeline.load(checkpoint)
+        arguments = pictures.added(pipe, arguments, picture)
         with pipeline.running(), pipeline.with_lora(pipe, lora):
             evaluation.check_arguments(pipe, arguments)
             total = evaluation.steps(pipe, arguments)

@@ -27,6 +27,14 @@ Height = Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=
 Width = Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=False)]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default=False)]
 Guidance = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale.", show_default=False)]
+Image = Annotated[
+    Path | None,
+    typer.Option(
+        help="Picture to begin with, for image to video; scaled to the video's size, its middle kept where it is too "
+        "wide or too tall.",
+        show_default=False,
+    ),
+]
 Kernel = Annotated[str, typer.Option(help="Kernel for sparse calls; 'falloff doctor' lists them.")]
 
 Lora = Annotated[

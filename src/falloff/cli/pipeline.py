@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,19 @@ def load(checkpoint: Checkpoint, family: Any = None) -> Any:
     broken = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
     with told(*broken, before=f"cannot load {checkpoint.source}: "):
         return (family or DiffusionPipeline).from_pretrained(checkpoint.source, dtype=dtypes).to(device)
+
+
+def size(pipe: Any, call: Mapping[str, Any], name: str) -> int | None:
+    """``num_frames``, ``height`` or ``width`` of a pipeline call: as asked, by the default of the pipeline or, as
+    CogVideoX has them, of its transformer; ``None`` where the pipeline finds it otherwise."""
+    from falloff.evaluation import generate
+
+    if not generate.takes(pipe, name):
+        return None
+    scale = 1 if name == "num_frames" else getattr(pipe, "vae_scale_factor_spatial", 1)
+    sample = pipe.transformer.config.get(f"sample_{name.removeprefix('num_')}") or 0
+    found = call.get(name) or generate.default(pipe, name) or scale * sample
+    return found if isinstance(found, int) and found else None
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from falloff.cli import checkpoint as checkpoints
-from falloff.cli import options, settings
+from falloff.cli import options, pictures, settings
 from falloff.cli.errors import USAGE, CommandError, told
 from falloff.cli.progress import Steps
 
@@ -116,14 +115,10 @@ def say(label: str, text: str) -> None:
 
 
 def say_how_to_use(bench: Bench, model: str | None, output: Path, *, lora: bool) -> None:
-    """A command, or where a picture is to be given, which no command takes, what to write."""
-    recipe = output / "recipe.yaml"
-    if "image" in inspect.signature(bench.pipe.__call__).parameters:
-        loads = f"falloff.training.loaded(pipe, {str(output)!r}), " if lora else ""
-        say("in Python", f"with {loads}falloff.using(pipe, falloff.Recipe.load({str(recipe)!r})): pipe(...)")
-        return
-    given = f" --lora {output}" if lora else ""
-    say("try it", f"falloff generate PROMPT{given} --method {recipe} {options_of(bench, model)}")
+    """The command that makes a video with what was trained."""
+    given = " --image FILE" if pictures.takes(type(bench.pipe)) else ""
+    given += f" --lora {output}" if lora else ""
+    say("try it", f"falloff generate PROMPT{given} --method {output / 'recipe.yaml'} {options_of(bench, model)}")
 
 
 def _first() -> bool:
@@ -156,16 +151,13 @@ def precision_of(text: str | None) -> Any:
 
 
 def _size(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
-    """Frames, height and width of a pipeline call, by the defaults of the pipeline or, as CogVideoX has them, of its
-    transformer."""
-    from falloff.evaluation import generate
+    """Frames, height and width of a pipeline call."""
+    from falloff.cli import pipeline
 
-    config, spatial = pipe.transformer.config, getattr(pipe, "vae_scale_factor_spatial", 1)
-    sizes = (("num_frames", "frames", 1), ("height", "height", spatial), ("width", "width", spatial))
     found = {}
-    for name, label, scale in sizes:
-        value = call.get(name) or generate.default(pipe, name) or scale * config.get(f"sample_{label}", 0) or None
-        if not isinstance(value, int):
+    for name, label in (("num_frames", "frames"), ("height", "height"), ("width", "width")):
+        value = pipeline.size(pipe, call, name)
+        if value is None:
             raise CommandError(f"{type(pipe).__name__} has no size of its own; give --{label}", USAGE)
         found[label] = value
     return found

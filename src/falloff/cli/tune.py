@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from falloff.cli import checkpoint as checkpoints
-from falloff.cli import options, settings
+from falloff.cli import options, pictures, settings
 from falloff.cli.compare import PROMPTS
 from falloff.cli.errors import USAGE, CommandError, told
 from falloff.cli.progress import Steps
@@ -48,6 +48,7 @@ def tune(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     kernel: options.Kernel = "auto",
+    image: options.Image = None,
     output: Annotated[
         Path, typer.Option(help="The recipe, a .yaml file. Beside it stand the trials: run again to go on with them.")
     ] = Path("recipe.yaml"),
@@ -64,6 +65,7 @@ def tune(
         options.check_prompt(text)
     options.check_kernel(kernel)
     options.check_folder(output.parent)
+    picture = pictures.opened(image)
     checkpoint = checkpoints.find(model)
     arguments = {**checkpoint.defaults, **options.call_arguments(frames, height, width, steps, guidance)}
     checkpoint.check_size(arguments)
@@ -81,7 +83,9 @@ def tune(
     output.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with pipeline.quiet(), Steps(f"loading {checkpoint.name}", unit="second") as progress:
+        pictures.check(checkpoint, picture)
         pipe = pipeline.load(checkpoint)
+        arguments = pictures.added(pipe, arguments, picture)
         with pipeline.running():
             tuned = tuning.tune(
                 pipe,

@@ -20,7 +20,7 @@ from falloff import api
 from falloff.evaluation import machine
 from falloff.evaluation.comparison import Arm, Comparison, MethodArm, Pair
 from falloff.evaluation.decay import DecayObserver, Profile
-from falloff.evaluation.generate import Generation, check_arguments, generate, steps
+from falloff.evaluation.generate import Generation, check_arguments, generate, recorded, steps
 from falloff.evaluation.kept import Kept
 from falloff.evaluation.metrics import psnr, ssim
 from falloff.evaluation.probe import Probe
@@ -135,7 +135,7 @@ def compare(
         command=_command(pairs, chosen, schedule, kernel, fps, call_arguments),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         pairs=pairs,
-        call_arguments=dict(call_arguments),
+        call_arguments=recorded(call_arguments),
         fps=fps,
         dense=_dense_arm(dense, others[-1]),
         methods=[_method_arm(*arm) for arm in zip(sparse, others[:-1], recall.found, strict=True)],
@@ -240,7 +240,7 @@ class _Runs:
     def _key(self, way: _Way, number: int) -> str:
         """All that a run depends on; the probe also on the pairs that it saw before."""
         pairs = self.pairs[: number + 1] if way is self.ways[-1] else self.pairs[number]
-        return repr((_model(self._pipe), way, pairs, sorted(self._arguments.items())))
+        return repr((_model(self._pipe), way, pairs, sorted(recorded(self._arguments).items())))
 
 
 def _run_pair(runs: _Runs, number: int, fps: float) -> list[_Outcome]:
@@ -362,7 +362,7 @@ def _command(
         list(dict.fromkeys(pair.prompt for pair in pairs)),
         list(dict.fromkeys(pair.seed for pair in pairs)),
     )
-    named = {"seeds": seeds, "schedule": schedule, "kernel": kernel, "fps": fps, **call_arguments}
+    named = {"seeds": seeds, "schedule": schedule, "kernel": kernel, "fps": fps, **recorded(call_arguments)}
     arguments = "".join(f", {name}={value!r}" for name, value in named.items() if value is not None)
     return f"falloff.compare(pipe, {prompts!r}, {list(methods)!r}{arguments})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from falloff.evaluation import machine
 from falloff.evaluation.video import Frames, to_bytes
@@ -70,9 +72,26 @@ def steps(pipe: Any, call_arguments: Mapping[str, Any]) -> int:
     return int(call_arguments.get("num_inference_steps", default(pipe, "num_inference_steps")))
 
 
+def takes(pipe: Any, name: str) -> bool:
+    """Whether a pipeline's call has an argument."""
+    return name in _parameters(pipe)
+
+
 def default(pipe: Any, name: str) -> Any:
     """What a pipeline's call takes for an argument that is not given."""
     return _parameters(pipe)[name].default
+
+
+def recorded(call_arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Call arguments to be written down: a picture in words that are the same for the same pixels, and only then."""
+    return {
+        name: _in_words(value) if isinstance(value, Image.Image) else value for name, value in call_arguments.items()
+    }
+
+
+def _in_words(picture: Image.Image) -> str:
+    pixels = hashlib.sha256(picture.mode.encode() + picture.tobytes()).hexdigest()
+    return f"picture of {picture.width} x {picture.height}, SHA-256 {pixels[:16]}"
 
 
 def check_arguments(pipe: Any, call_arguments: Mapping[str, Any], ours: Iterable[str] = ()) -> None:

@@ -25,7 +25,7 @@ from falloff.evaluation import study as studies
 from falloff.evaluation.candidates import Candidate, Space
 from falloff.evaluation.compare import compare
 from falloff.evaluation.comparison import Comparison, Pair
-from falloff.evaluation.generate import check_arguments, generate, steps
+from falloff.evaluation.generate import check_arguments, generate, recorded, steps
 from falloff.evaluation.metrics import psnr
 from falloff.evaluation.probe import Probe
 from falloff.evaluation.recall import RecallObserver, Recalls
@@ -181,7 +181,7 @@ class _Search:
             "methods": [kind.name for kind in self.kinds],
             "goal": str(self.goal),
             "kernel": self._kernel,
-            "call": {name: str(value) for name, value in self._arguments.items()},
+            "call": {name: str(value) for name, value in recorded(self._arguments).items()},
         }
 
     def prepare(self) -> None:
