@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import UMT5EncoderModel
 
+from falloff import miniature
 from falloff.miniature import digits, text
 from falloff.training_state import seeded
 
@@ -45,3 +46,8 @@ def test_words_learn_what_they_belong_to() -> None:
     before = colour_words_that_tell_their_digit(encoder)
     text.teach(encoder, steps=100, batch=16)
     assert colour_words_that_tell_their_digit(encoder) > before + 0.15
+
+
+def test_the_shipped_encoder_knows_what_words_belong_to() -> None:
+    encoder = UMT5EncoderModel.from_pretrained(miniature.path() / "text_encoder", dtype=torch.float32)
+    assert colour_words_that_tell_their_digit(encoder) > 0.95
