@@ -92,6 +92,20 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
 
 
+def test_threads_of_its_own_compute_the_same(fresh: None) -> None:
+    plan = uniform_plan(torch.ones(9, 9, dtype=torch.bool), 550, 550, 64)
+    q, k, v = qkv(5, 2, 2, 550, 550, 32, torch.float32)
+    expected = run(plan, q, k, v, impl="cpu-simd")
+    made = compiled.library(cpu_simd.SOURCE)
+    assert not isinstance(made, compiled.CompileError)
+    made.falloff_use(None)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(run(plan, q, k, v, impl="cpu-simd"), expected, strict=True))
+    finally:
+        compiled.library.cache_clear()
+        compiled.library(cpu_simd.SOURCE)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_hidden(name: str, poison: float) -> None:

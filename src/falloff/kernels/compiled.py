@@ -34,11 +34,14 @@ class CompileError(Exception):
 def library(source: Path) -> ctypes.CDLL | CompileError:
     """The compiled source, loaded; found in the cache if the same compiler made it of the same files of its folder."""
     try:
-        return ctypes.CDLL(str(_file(source)))
+        made = ctypes.CDLL(str(_file(source)))
     except CompileError as error:
         return error
     except (OSError, RuntimeError) as error:  # the second where there is no home
         return CompileError(f"what was compiled cannot be kept or loaded: {error}; XDG_CACHE_HOME names another cache")
+    if (parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None)) is not None:
+        made.falloff_use(parallel)  # of the OpenMP that PyTorch has loaded; without one there are threads of our own
+    return made
 
 
 def _file(source: Path) -> Path:

@@ -19,9 +19,15 @@ struct Shared {
   }
 };
 
-// `work()` on so many threads, this one among them.
+// OpenMP's way to call a function on threads that it keeps; null where there is no OpenMP. With threads of our own beside
+// those of PyTorch, these would wait for their next work at full speed, on the same cores.
+using Parallel = void (*)(void (*)(void *), void *, unsigned threads, unsigned flags);
+Parallel parallel = nullptr;
+
+// `work()` on so many threads or fewer, this one among them.
 template <class Work>
 void together(int64_t threads, Work work) {
+  if (parallel) return parallel([](void *given) { (*static_cast<Work *>(given))(); }, &work, threads, 0);
   std::vector<std::thread> others;
   for (int64_t t = 1; t < threads; t++) others.emplace_back(work);
   work();
@@ -29,3 +35,5 @@ void together(int64_t threads, Work work) {
 }
 
 }  // namespace
+
+extern "C" void falloff_use(Parallel found) { parallel = found; }
