@@ -176,3 +176,22 @@ def test_a_block_of_queries_that_no_tile_holds_is_not_left_out() -> None:
     with pytest.raises(UnsupportedError, match="query blocks of one size of at most 128 tokens"):
         run(plan, q, q, q, impl="cpu-simd")
     assert choose(plan, q).name == "cpu"
+
+
+def test_auto_passes_over_it_where_blocks_of_keys_are_small() -> None:
+    q = torch.zeros(1, 1, 96, 4)
+    single = Plan(
+        q_len=96,
+        kv_len=96,
+        q_sizes=32,
+        kv_sizes=torch.tensor([1, 1, 1, 93]),
+        blocks=BlockMap.from_dense(torch.ones(3, 4, dtype=torch.bool)),
+    )
+    alone = dataclasses.replace(
+        single, kv_sizes=torch.ones(96, dtype=torch.int64), blocks=BlockMap.from_dense(torch.ones(3, 96).bool())
+    )
+    assert choose(single, q).name == "cpu-simd"
+    choice = choose(alone, q)
+    assert choice.name == "cpu"
+    assert "its panels would be" in dict(choice.skipped)["cpu-simd"]
+    assert choose(alone, q, impl="cpu-simd").name == "cpu-simd"

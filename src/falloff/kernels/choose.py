@@ -29,6 +29,7 @@ OWN = (
         cpu_simd.absent,
         cpu_simd.refuse,
         skips=True,
+        unsuited=cpu_simd.unsuited,
         trial=cpu_simd.trial,
     ),
     Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, cpu.refuse, skips=True),
@@ -77,6 +78,7 @@ def choose(
     if impl == "auto":
         rough = {kernel.name: "its LSE is rough, and the call needs one" for kernel in KERNELS if kernel.rough_lse}
         refusals = {name: why or (rough.get(name) if needs_lse else None) for name, why in refusals.items()}
+        refusals = {name: why or kernel_named(name).unsuited(needs) for name, why in refusals.items()}
         name = next(name for name, why in refusals.items() if why is None)
         reason = f"the first that can run this call ({kernel_named(name).good_for})"
     else:

@@ -29,6 +29,8 @@ from falloff.plan import BlockMap, Plan, Sizes
 SOURCE = Path(__file__).parent / "simd" / "attention.cpp"
 ROWS = 128
 """Queries of a tile in the C++; a block is left out for all of its queries or for none."""
+FILLED = 0.5
+"""Share of panels' columns that are keys, below which ``auto`` takes another kernel."""
 THREAD_WORK = 1 << 20
 """Multiply-adds worth a thread of their own: tens of microseconds, as is starting it."""
 
@@ -55,6 +57,24 @@ def refuse(needs: Needs) -> str | None:
     if needs.plan.skip is not None and not _skips(needs.plan.q_sizes):
         return f"to leave blocks out while it computes it needs query blocks of one size of at most {ROWS} tokens"
     return None
+
+
+def unsuited(needs: Needs) -> str | None:
+    """Panels hold keys of one block alone: where most of their columns stay empty, gathered keys are faster."""
+    sizes = needs.plan.kv_sizes
+    share = _filled(torch.tensor([sizes]) if isinstance(sizes, int) else sizes, _width())
+    return None if share >= FILLED else f"its panels would be {share:.0%} full, since blocks of keys are small"
+
+
+def _filled(sizes: Tensor, width: int) -> float:
+    return float(sizes.sum() / (-(-sizes // width) * width).sum())
+
+
+def _width() -> int:
+    made = library(SOURCE)
+    assert not isinstance(made, CompileError)  # else the kernel is absent
+    width: int = made.falloff_width()
+    return width
 
 
 def _skips(q_sizes: Sizes) -> bool:
@@ -165,7 +185,7 @@ def _launch(
     made = library(SOURCE)
     assert not isinstance(made, CompileError)  # else the kernel is absent
     batch, heads, _, channels = tensors["q"].shape
-    width = made.falloff_width()
+    width = _width()
     read = kept(
         plan, ("cpu-simd", width, by_keys, batch, heads), lambda: lists(plan, batch, heads, width, by_keys=by_keys)
     )

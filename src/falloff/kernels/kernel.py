@@ -21,6 +21,7 @@ class Kernel(NamedTuple):
     ``rough_lse``: its LSE is no more exact than bfloat16 scores allow; ``auto`` then leaves it to calls without one.
     ``summarises``: it runs a plan's summary itself; for others that is done above them. ``skips``: it can leave blocks
     out while it computes, as a plan's ``skip`` asks.
+    ``unsuited``: why ``auto`` passes over it for a call that it can run.
     ``by_name``: why ``auto`` never takes it. ``trial``: for a kernel that is not ours, or that
     another compiler made here, the call that shows whether it can be believed on this machine; it is tried like that
     before its first use, and may be off by ``tolerance`` (relative).
@@ -34,6 +35,7 @@ class Kernel(NamedTuple):
     rough_lse: bool = False
     summarises: bool = False
     skips: bool = False
+    unsuited: Callable[[Needs], str | None] = lambda needs: None
     by_name: str | None = None
     trial: Callable[[], Trial] | None = None
     tolerance: float = 1e-2
