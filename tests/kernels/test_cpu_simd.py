@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import qkv, random_map, uniform_plan
+from torch.utils.checkpoint import checkpoint
 
-from falloff.kernels import UnsupportedError, available, choose, compiled, cpu_simd, run
+from falloff.kernels import UnsupportedError, available, choose, compiled, cpu_simd, proof, run
 from falloff.plan import BlockMap, Plan, dense_plan
 
 HERE = Path(__file__).parent
@@ -195,3 +196,12 @@ def test_auto_passes_over_it_where_blocks_of_keys_are_small() -> None:
     assert choice.name == "cpu"
     assert "its panels would be" in dict(choice.skipped)["cpu-simd"]
     assert choose(alone, q, impl="cpu-simd").name == "cpu-simd"
+
+
+def test_a_first_call_under_gradient_checkpointing_saves_what_the_second_does() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(7, 1, 2, 96, 96, 24, torch.float32))
+    plan = uniform_plan(torch.eye(3, dtype=torch.bool), 96, 96, 32)
+    proof.verdict.cache_clear()
+    out = checkpoint(lambda: run(plan, q, k, v, impl="cpu-simd")[0], use_reentrant=False)
+    expected = torch.autograd.grad(run(plan, q, k, v, impl="cpu-simd")[0].sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.sum(), (q, k, v)), expected, strict=True))

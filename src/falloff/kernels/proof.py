@@ -6,6 +6,8 @@ dense attention. Tried is what the call at hand asks for (type, head size, block
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -27,9 +29,18 @@ def fault(kernel: Kernel, needs: Needs) -> str | None:
 
 @cache
 def verdict(kernel: Kernel, trial: Trial) -> str | None:
-    """Run a trial once in a process; ``None`` when it is passed, else what went wrong."""
+    """Run a trial once in a process; ``None`` when it is passed, else what went wrong.
+
+    In a thread of its own, which knows nothing of the caller's autocast and inference mode, nor of the hooks by which
+    gradient checkpointing counts saved tensors.
+    """
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(_tried, kernel, trial).result()
+
+
+def _tried(kernel: Kernel, trial: Trial) -> str | None:
     try:
-        with torch.autocast(trial.device.type, enabled=False), torch.inference_mode(False):
+        with torch.cuda.device(trial.device) if trial.device.type == "cuda" else nullcontext():
             return _compare(kernel, trial)
     except Exception as error:  # a kernel that is not ours may fail in any way: it is not believed then
         return f"its trial failed: {type(error).__name__}: {_first_line(error)}"
