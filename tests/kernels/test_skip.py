@@ -15,6 +15,7 @@ from kernel_cases import (
     EXACT,
     IMPLS,
     INTERPRETING,
+    SINGLE,
     TOLERANCE,
     Case,
     cases,
@@ -124,6 +125,7 @@ def uneven(case: Case, bits: float) -> Case:
     return dataclasses.replace(case, plan=skipping(case.plan, bits), q=case.q + 3, k=k)
 
 
+@pytest.mark.skipif(SINGLE is not None, reason="of the reference alone; rounding to float32 can turn a decision")
 @settings(deadline=None, max_examples=30)
 @given(case=cases())
 def test_the_reference_leaves_out_what_visiting_one_by_one_does(case: Case) -> None:
