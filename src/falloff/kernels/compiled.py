@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("g++", "clang++", "c++")
+THREAD_WORK = 1 << 20
+"""Multiply-adds worth a thread of their own: tens of microseconds."""
 OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 VECTORS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
@@ -41,6 +43,30 @@ def library(source: Path) -> ctypes.CDLL | CompileError:
         return CompileError(f"what was compiled cannot be kept or loaded: {error}; XDG_CACHE_HOME names another cache")
     if (parallel := getattr(ctypes.CDLL(None), "GOMP_parallel", None)) is not None:
         made.falloff_use(parallel)  # of the OpenMP that PyTorch has loaded; without one there are threads of our own
+    return made
+
+
+def call(source: Path, name: str, argument: ctypes.Structure) -> None:
+    """Run a function of a library that is known to be there, which takes a pointer to what ``argument`` holds."""
+    run = getattr(_present(source), name)
+    run.argtypes, run.restype = [ctypes.POINTER(type(argument))], None
+    run(ctypes.byref(argument))
+
+
+def width(source: Path) -> int:
+    """Numbers in a vector of a library that is known to be there."""
+    found: int = _present(source).falloff_width()
+    return found
+
+
+def threads(work: int) -> int:
+    """How many threads multiply-adds are worth, of those that PyTorch may use."""
+    return min(torch.get_num_threads(), 1 + work // THREAD_WORK)
+
+
+def _present(source: Path) -> ctypes.CDLL:
+    made = library(source)
+    assert not isinstance(made, CompileError)  # callers have asked
     return made
 
 

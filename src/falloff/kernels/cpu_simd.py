@@ -11,7 +11,7 @@ Forward, over the tiles of keys j that a query sees, in base 2: ``m = max(m, s_j
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from falloff.kernels import skip
-from falloff.kernels.compiled import CompileError, library
+from falloff.kernels import compiled, skip
 from falloff.kernels.kept import kept
 from falloff.kernels.needs import Needs
 from falloff.kernels.trial import Trial
@@ -31,8 +30,6 @@ ROWS = 128
 """Queries of a tile in the C++; a block is left out for all of its queries or for none."""
 FILLED = 0.5
 """Share of panels' columns that are keys, below which ``auto`` takes another kernel."""
-THREAD_WORK = 1 << 20
-"""Multiply-adds worth a thread of their own: tens of microseconds, as is starting it."""
 
 
 def attention(
@@ -45,8 +42,8 @@ def attention(
 
 
 def absent() -> str | None:
-    made = library(SOURCE)
-    return str(made) if isinstance(made, CompileError) else None
+    made = compiled.library(SOURCE)
+    return str(made) if isinstance(made, compiled.CompileError) else None
 
 
 def refuse(needs: Needs) -> str | None:
@@ -62,19 +59,12 @@ def refuse(needs: Needs) -> str | None:
 def unsuited(needs: Needs) -> str | None:
     """Panels hold keys of one block alone: where most of their columns stay empty, gathered keys are faster."""
     sizes = needs.plan.kv_sizes
-    share = _filled(torch.tensor([sizes]) if isinstance(sizes, int) else sizes, _width())
+    share = _filled(torch.tensor([sizes]) if isinstance(sizes, int) else sizes, compiled.width(SOURCE))
     return None if share >= FILLED else f"its panels would be {share:.0%} full, since blocks of keys are small"
 
 
 def _filled(sizes: Tensor, width: int) -> float:
     return float(sizes.sum() / (-(-sizes // width) * width).sum())
-
-
-def _width() -> int:
-    made = library(SOURCE)
-    assert not isinstance(made, CompileError)  # else the kernel is absent
-    width: int = made.falloff_width()
-    return width
 
 
 def _skips(q_sizes: Sizes) -> bool:
@@ -123,27 +113,29 @@ class Lists(NamedTuple):
     """What a direction (rows and columns of a map) asks of a plan.
 
     ``first``: where blocks of rows and of columns start, int64 [B|1, H|1, T + 1]. ``at``: the panel where each block of
-    columns starts, as wide as ``first``; ``panels`` of a head. ``task``: (batch entry, head, block of rows) as one
-    number, the longest first.
+    columns starts, as wide as ``first``; ``panels`` of a head.
     """
 
     blocks: BlockMap
     first: tuple[Tensor, Tensor]
     at: Tensor
     panels: int
-    task: Tensor
 
 
-def lists(plan: Plan, batch: int, heads: int, width: int, *, by_keys: bool) -> Lists:
+def lists(plan: Plan, width: int, *, by_keys: bool) -> Lists:
     """The lists of queries that see keys, or of keys that are seen by queries, for panels of ``width`` columns."""
     blocks = plan.blocks.transposed if by_keys else plan.blocks
     sizes = plan.q_sizes_BHT(), plan.kv_sizes_BHT()
     rows, columns = reversed(sizes) if by_keys else sizes
     at = _starts(-(-columns // width))
-    pairs = blocks.tokens(columns).view(blocks.shape[:3])
-    work = (pairs * rows).expand(batch, heads, -1).flatten()
-    task = work.argsort(descending=True, stable=True)
-    return Lists(blocks, (_starts(rows), _starts(columns)), at, int(at[..., -1].max()), task)
+    return Lists(blocks, (_starts(rows), _starts(columns)), at, int(at[..., -1].max()))
+
+
+def tasks(plan: Plan, batch: int, heads: int) -> Tensor:
+    """(Batch entry, head, block of queries) as one number, int64: the longest first, so that threads end together."""
+    pairs = plan.blocks.tokens(plan.kv_sizes_BHT()).view(plan.blocks.shape[:3])
+    work = (pairs * plan.q_sizes_BHT()).expand(batch, heads, -1).flatten()
+    return work.argsort(descending=True, stable=True)
 
 
 def _starts(sizes_BHT: Tensor) -> Tensor:
@@ -182,13 +174,9 @@ def _launch(
     name: str, plan: Plan, scale: float, valid: Tensor | None, tensors: dict[str, Tensor], *, by_keys: bool = False
 ) -> None:
     """Call the C++. Everything it reads is held by the names here until it returns."""
-    made = library(SOURCE)
-    assert not isinstance(made, CompileError)  # else the kernel is absent
     batch, heads, _, channels = tensors["q"].shape
-    width = _width()
-    read = kept(
-        plan, ("cpu-simd", width, by_keys, batch, heads), lambda: lists(plan, batch, heads, width, by_keys=by_keys)
-    )
+    width = compiled.width(SOURCE)
+    read = kept(plan, ("cpu-simd", width, by_keys), lambda: lists(plan, width, by_keys=by_keys))
     valid = None if valid is None else valid.contiguous()
     orders = [None if order is None else order.contiguous() for order in (plan.q_order, plan.kv_order)]
     queries, keys = (
@@ -205,16 +193,16 @@ def _launch(
     call = _Call(batch=batch, heads=heads, channels=channels, panels=read.panels, scale=scale)
     call.skip, call.protect = -1 if plan.skip is None else plan.skip, skip.PROTECTED
     call.rows, call.columns = (keys, queries) if by_keys else (queries, keys)
-    call.tasks, call.task = read.task.numel(), read.task.data_ptr()
+    if not by_keys:  # gradients are made head by head
+        task = kept(plan, ("cpu-simd", batch, heads), lambda: tasks(plan, batch, heads))
+        call.tasks, call.task = task.numel(), task.data_ptr()
     call.threads = _threads(plan, batch, heads, channels)
     call.start, call.list, call.at = (x.data_ptr() for x in (read.blocks.start, read.blocks.columns, read.at))
     map_batch, map_heads = plan.blocks.shape[:2]
     call.map_batch, call.map_head = (0 if map_batch == 1 else map_heads), (0 if map_heads == 1 else 1)
     for key, x in tensors.items():
         setattr(call, key, _Strided(x.data_ptr(), *x.stride()[:3]))
-    run = getattr(made, name)
-    run.argtypes, run.restype = [POINTER(_Call)], None
-    run(byref(call))
+    compiled.call(SOURCE, name, call)
 
 
 def _channels_together(x_BHND: Tensor) -> Tensor:
@@ -241,4 +229,4 @@ def _lead_strides(x: Tensor) -> tuple[int, int]:
 def _threads(plan: Plan, batch: int, heads: int, channels: int) -> int:
     maps = plan.blocks.shape[0] * plan.blocks.shape[1]
     work = plan.pairs * batch * heads // maps * channels
-    return min(torch.get_num_threads(), 1 + work // THREAD_WORK)
+    return compiled.threads(work)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_int64, c_void_p
+from ctypes import Structure, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from falloff.kernels.compiled import CompileError, library
+from falloff.kernels import compiled
 
 SOURCE = Path(__file__).parent / "simd" / "nearest.cpp"
-THREAD_WORK = 1 << 20
-"""Multiply-adds worth a thread of their own."""
 
 
 class Assigned(NamedTuple):
@@ -31,13 +29,11 @@ class Assigned(NamedTuple):
 def runs(x_HND: Tensor) -> bool:
     """Whether tokens can be assigned here: float32 on a CPU with a C++ compiler."""
     on_cpu = x_HND.device.type == "cpu" and x_HND.dtype == torch.float32
-    return on_cpu and not isinstance(library(SOURCE), CompileError)
+    return on_cpu and not isinstance(compiled.library(SOURCE), compiled.CompileError)
 
 
 def assign(x_HND: Tensor, offset_HCD: Tensor, bias_HC: Tensor) -> Assigned:
     """Every token's center of the highest ``x . offset - bias``, ties to the first; one head by one thread."""
-    made = library(SOURCE)
-    assert not isinstance(made, CompileError)  # as runs has told
     x = x_HND if x_HND.stride(2) == 1 else x_HND.contiguous()
     offset, bias = offset_HCD.contiguous(), bias_HC.contiguous()
     (heads, tokens, channels), centers = x.shape, offset.shape[1]
@@ -48,11 +44,10 @@ def assign(x_HND: Tensor, offset_HCD: Tensor, bias_HC: Tensor) -> Assigned:
         torch.empty(heads, dtype=torch.bool),
     )
     call = _Clustering(x.data_ptr(), *x.stride()[:2], heads, tokens, channels, centers)
-    call.threads = min(torch.get_num_threads(), heads, 1 + x.numel() * centers // THREAD_WORK)
+    call.threads = min(heads, compiled.threads(x.numel() * centers))
     call.offset, call.bias = offset.data_ptr(), bias.data_ptr()
     call.label, call.sums, call.sizes, call.finite = (part.data_ptr() for part in found)
-    made.falloff_nearest.argtypes, made.falloff_nearest.restype = [POINTER(_Clustering)], None
-    made.falloff_nearest(byref(call))
+    compiled.call(SOURCE, "falloff_nearest", call)
     return found._replace(finite=found.finite.all())
 
 

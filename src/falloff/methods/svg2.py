@@ -56,7 +56,7 @@ class SVG2(Method):
     first_iterations: k-means iterations of a layer's first call; iterations: of every later one.
     stride: iterations but the last look at every stride-th token.
     span: how many further calls of a layer use its plan again before it is made anew. The published code makes one at
-        every call; two more calls with it cost no fidelity that we could measure, and save two thirds of the planning.
+        every call; two more calls with it save two thirds of the planning.
     seed: of where the stretches of neighbours are cut that k-means starts from.
     summary: SVG-EAR; ``mass`` and ``min_share`` then say how many keys a row may see, not which.
     """

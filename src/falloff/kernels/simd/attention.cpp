@@ -38,7 +38,7 @@ struct Side {
 // `at`: the first panel of every block of columns in its head's `panels`, by the strides of columns.first.
 // `q` to `d_out`, `lse` and `shift` [batch, head, token]: inputs. The others: outputs; `d_q`, `d_k`, `d_v` start at 0.
 struct Call {
-  int64_t batch, heads, channels, threads, tasks, panels;
+  int64_t batch, heads, channels, threads, tasks, panels;  // tasks: of the forward
   Side rows, columns;
   const int64_t *start, *task, *at;
   const int32_t *list;
