@@ -67,11 +67,14 @@ def test_blocks_before_and_after_count_up() -> None:
 
 
 def test_finite_sees_every_number() -> None:
-    x = torch.ones(2, 3, dtype=torch.float16)
+    x = torch.ones(2, 3, 2, 3, dtype=torch.float16)
     assert finite(x, 65504 * x)  # whose sum float16 does not hold
     for value in (torch.nan, torch.inf, -torch.inf):
-        assert not finite(x, torch.tensor([0.0, value]))
-    assert not finite(torch.tensor([torch.inf, -torch.inf]))
+        for place in (0, 17, 35):
+            y = x.clone()
+            y.view(-1)[place] = value
+            assert not finite(x, y)
+    assert not finite(torch.tensor([torch.inf, -torch.inf]).expand(1, 1, 1, 2))
 
 
 def test_heads_are_looked_at_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,10 +137,16 @@ def uniform_plan(
     )
 
 
-def finite(*tensors: Tensor) -> bool:
+def finite(*tensors_BHND: Tensor) -> bool:
     """Whether all numbers are; their sum is finite exactly then, unless it overflows float32."""
-    sums = torch.stack([x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors])
+    parts = [part for x in tensors_BHND for part in (_heads(x) if x.is_cpu else [x])]
+    sums = torch.stack([part.sum(dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts])
     return bool(sums.isfinite().all())
+
+
+def _heads(x_BHND: Tensor) -> list[Tensor]:
+    """Head by head, since a CPU copies what it sums in another dtype."""
+    return [head for entry in x_BHND for head in entry]
 
 
 def grid_tile_order(sequence: Sequence, tile: Tile, device: torch.device) -> Tensor:
