@@ -38,7 +38,7 @@ def test_what_holds_for_every_kernel_holds_at_every_width(capability: str, width
     probe = "from falloff.kernels import compiled, cpu_simd; print(compiled.library(cpu_simd.SOURCE).falloff_width())"
     said = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, check=True).stdout
     assert int(said) == width
-    files = [str(HERE / name) for name in ("test_run.py", "test_summary.py", "test_skip.py")]
+    files = [str(HERE / name) for name in ("test_run.py", "test_summary.py", "test_skip.py", "test_look.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -25,8 +25,9 @@ def plan(method: Contour, q: Tensor, k: Tensor, v: Tensor, state: State | None =
     return made
 
 
-def test_a_look_is_the_error_of_answering_by_means() -> None:
-    q, k, _ = qkv(batch=2)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # written out in PyTorch, and in C++
+def test_a_look_is_the_error_of_answering_by_means(dtype: torch.dtype) -> None:
+    q, k, _ = (x.to(dtype) for x in qkv(batch=2))
     sizes = torch.tensor([[[30, 0, 1, 63], [10, 20, 30, 34]]]).expand(2, 2, 4)
     looked = q[:, :, :12]
     shuffled = torch.stack([torch.stack([torch.randperm(k.shape[2]) for _ in row]) for row in k])

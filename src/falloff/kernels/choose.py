@@ -28,6 +28,7 @@ OWN = (
         cpu_simd.attention,
         cpu_simd.absent,
         cpu_simd.refuse,
+        summarises=True,
         skips=True,
         unsuited=cpu_simd.unsuited,
         trial=cpu_simd.trial,

@@ -7,11 +7,13 @@ Forward, over the tiles of keys j that a query sees, in base 2: ``m = max(m, s_j
 2^(s_j - m) v_j``; ``out = o / l`` and ``LSE = ln 2 (m + log2 l)``. Backward, with ``delta = rowsum(dO O)``:
 ``p = exp(s - LSE)``, ``dS = p (dO V^T - delta + dLSE)``, ``dQ = scale dS K``, ``dK = scale dS^T Q``, ``dV = p^T dO``
 (Dao, 2023, "FlashAttention-2", section 3). No atomic sums: the same result whatever the threads.
+
+A summary's means (summary.py) are further columns, with the log of what each stands for added to its scores. For a
+gradient they are computed apart.
 """
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from falloff.kernels import compiled, skip
 from falloff.kernels.kept import kept
-from falloff.kernels.needs import Needs
+from falloff.kernels.needs import Needs, differentiable
+from falloff.kernels.simd_call import Call, Strided, channels_together, side, starts
+from falloff.kernels.summary import with_summary
 from falloff.kernels.trial import Trial
 from falloff.plan import BlockMap, Plan, Sizes
 
@@ -36,8 +40,12 @@ def attention(
     plan: Plan, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float, key_valid_BN: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As the reference, in float32 whatever the type. Differentiable through out and LSE."""
-    q, k, v = (_channels_together(x.float()) for x in (q_BHND, k_BHND, v_BHND))
-    out, lse = _Attention.apply(plan, scale, key_valid_BN, q, k, v)  # type: ignore[no-untyped-call]  # torch's
+    q, k, v = (channels_together(x.float()) for x in (q_BHND, k_BHND, v_BHND))
+    apart = plan.summary and differentiable(q, k, v)  # the C++ knows no gradient of means
+    means = plan.summary and not apart
+    out, lse = _Attention.apply(plan, scale, key_valid_BN, means, q, k, v)  # type: ignore[no-untyped-call]  # torch's
+    if apart:
+        out, lse = with_summary(plan, q, k, v, scale, key_valid_BN, (out, lse))
     return out.to(q_BHND.dtype), lse
 
 
@@ -75,40 +83,6 @@ def trial() -> Trial:
     return Trial(torch.device("cpu"), torch.float32, 64, 128, 128)
 
 
-class _Strided(Structure):
-    """float32 [B, H, N, D] or [B, H, N] with strides of the first three; no stride in D."""
-
-    _fields_ = (("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("token", c_int64))
-
-
-class _Side(Structure):
-    _fields_ = (
-        ("order", c_void_p),
-        ("first", c_void_p),
-        *((name, c_int64) for name in ("order_batch", "order_head", "first_batch", "first_head", "blocks", "tokens")),
-        ("valid", c_void_p),
-    )
-
-
-TENSORS = ("q", "k", "v", "d_out", "lse", "shift", "out", "d_q", "d_k", "d_v")
-
-
-class _Call(Structure):
-    """As in the C++."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "heads", "channels", "threads", "tasks", "panels")),
-        ("rows", _Side),
-        ("columns", _Side),
-        *((name, c_void_p) for name in ("start", "task", "at", "list")),
-        *((name, c_int64) for name in ("map_batch", "map_head")),
-        ("scale", c_float),
-        ("skip", c_float),
-        ("protect", c_int64),
-        *((name, _Strided) for name in TENSORS),
-    )
-
-
 class Lists(NamedTuple):
     """What a direction (rows and columns of a map) asks of a plan.
 
@@ -127,8 +101,8 @@ def lists(plan: Plan, width: int, *, by_keys: bool) -> Lists:
     blocks = plan.blocks.transposed if by_keys else plan.blocks
     sizes = plan.q_sizes_BHT(), plan.kv_sizes_BHT()
     rows, columns = reversed(sizes) if by_keys else sizes
-    at = _starts(-(-columns // width))
-    return Lists(blocks, (_starts(rows), _starts(columns)), at, int(at[..., -1].max()))
+    at = starts(-(-columns // width))
+    return Lists(blocks, (starts(rows), starts(columns)), at, int(at[..., -1].max()))
 
 
 def tasks(plan: Plan, batch: int, heads: int) -> Tensor:
@@ -138,17 +112,14 @@ def tasks(plan: Plan, batch: int, heads: int) -> Tensor:
     return work.argsort(descending=True, stable=True)
 
 
-def _starts(sizes_BHT: Tensor) -> Tensor:
-    return torch.nn.functional.pad(sizes_BHT.cumsum(-1), (1, 0))
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, scale: float, valid: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+        ctx: Any, plan: Plan, scale: float, valid: Tensor | None, means: bool, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
-        _launch("falloff_forward", plan, scale, valid, {"q": q, "k": k, "v": v, "out": out, "lse": lse})
+        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+        _launch("falloff_forward", plan, scale, valid, tensors, means=means)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale, ctx.valid = plan, scale, valid
         ctx.set_materialize_grads(False)
@@ -159,19 +130,26 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         if d_out is None and d_lse is None:
-            return (None,) * 6
-        d_out = torch.zeros_like(out) if d_out is None else _channels_together(d_out)
+            return (None,) * 7
+        d_out = torch.zeros_like(out) if d_out is None else channels_together(d_out)
         shift = (d_out * out).sum(-1)
         if d_lse is not None:
             shift = shift - d_lse
         given = {"q": q, "k": k, "v": v, "d_out": d_out, "lse": lse, "shift": shift}
         grads = {f"d_{name}": torch.zeros_like(x) for name, x in zip("qkv", (q, k, v), strict=True)}
         _launch("falloff_backward", ctx.plan, ctx.scale, ctx.valid, given | grads, by_keys=True)
-        return None, None, None, *grads.values()
+        return None, None, None, None, *grads.values()
 
 
 def _launch(
-    name: str, plan: Plan, scale: float, valid: Tensor | None, tensors: dict[str, Tensor], *, by_keys: bool = False
+    name: str,
+    plan: Plan,
+    scale: float,
+    valid: Tensor | None,
+    tensors: dict[str, Tensor],
+    *,
+    means: bool = False,
+    by_keys: bool = False,
 ) -> None:
     """Call the C++. Everything it reads is held by the names here until it returns."""
     batch, heads, _, channels = tensors["q"].shape
@@ -180,7 +158,7 @@ def _launch(
     valid = None if valid is None else valid.contiguous()
     orders = [None if order is None else order.contiguous() for order in (plan.q_order, plan.kv_order)]
     queries, keys = (
-        _side(order, first, blocks, tokens)
+        side(order, first, blocks, tokens)
         for order, first, blocks, tokens in zip(
             orders,
             reversed(read.first) if by_keys else read.first,
@@ -190,8 +168,9 @@ def _launch(
         )
     )
     keys.valid = None if valid is None else valid.data_ptr()
-    call = _Call(batch=batch, heads=heads, channels=channels, panels=read.panels, scale=scale)
+    call = Call(batch=batch, heads=heads, channels=channels, panels=read.panels, scale=scale)
     call.skip, call.protect = -1 if plan.skip is None else plan.skip, skip.PROTECTED
+    call.summary = means
     call.rows, call.columns = (keys, queries) if by_keys else (queries, keys)
     if not by_keys:  # gradients are made head by head
         task = kept(plan, ("cpu-simd", batch, heads), lambda: tasks(plan, batch, heads))
@@ -201,29 +180,8 @@ def _launch(
     map_batch, map_heads = plan.blocks.shape[:2]
     call.map_batch, call.map_head = (0 if map_batch == 1 else map_heads), (0 if map_heads == 1 else 1)
     for key, x in tensors.items():
-        setattr(call, key, _Strided(x.data_ptr(), *x.stride()[:3]))
+        setattr(call, key, Strided(x.data_ptr(), *x.stride()[:3]))
     compiled.call(SOURCE, name, call)
-
-
-def _channels_together(x_BHND: Tensor) -> Tensor:
-    return x_BHND if x_BHND.stride(3) == 1 else x_BHND.contiguous()
-
-
-def _side(order: Tensor | None, first: Tensor, blocks: int, tokens: int) -> _Side:
-    side = _Side(first=first.data_ptr(), blocks=blocks, tokens=tokens)
-    side.first_batch, side.first_head = _lead_strides(first)
-    if order is not None:
-        side.order = order.data_ptr()
-        side.order_batch, side.order_head = _lead_strides(order)
-    return side
-
-
-def _lead_strides(x: Tensor) -> tuple[int, int]:
-    """How far batch entries and heads of [N] or contiguous [B|1, H|1, N] lie apart; 0 where they share."""
-    if x.ndim == 1:
-        return 0, 0
-    batch, head = (0 if n == 1 else step for n, step in zip(x.shape[:2], x.stride()[:2], strict=True))
-    return batch, head
 
 
 def _threads(plan: Plan, batch: int, heads: int, channels: int) -> int:

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from falloff.kernels import look
 from falloff.kernels.groups import groups_within
 from falloff.kernels.product import product
 from falloff.methods.adaspa import check_every, due
@@ -134,6 +135,8 @@ def spared(looked_BHRD: Tensor, keys_BHND: Tensor, order_BHN: Tensor, sizes_BHC:
     many as ``sizes_BHC``.
     """
     batch, heads, rows, head_dim = looked_BHRD.shape
+    if look.runs(keys_BHND):
+        return look.spared(looked_BHRD, keys_BHND, order_BHN, sizes_BHC, per_cluster, head_dim**-0.5)
     exact = torch.promote_types(keys_BHND.dtype, torch.float32)
     clusters = rows // per_cluster
     worth = torch.empty(batch, heads, clusters, sizes_BHC.shape[2], dtype=exact, device=keys_BHND.device)

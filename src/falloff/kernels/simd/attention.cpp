@@ -9,116 +9,18 @@
 #include <cstdint>
 #include <vector>
 
-#include "products.hpp"
+#include "packed.hpp"
 #include "threads.hpp"
 
 namespace {
 
-constexpr int ROWS = 128;        // of a tile: larger blocks are cut
-constexpr int COLUMNS = 64;      // of a tile: its operands stay in the first-level cache
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-
-}  // namespace
-
-extern "C" {
-
-// Strides are counted in elements; a stride of 0 shares what lies there. Channels lie one after the other.
-struct Tensor {
-  float *data;
-  int64_t batch, head, token;
-};
-
-// `first`: where each block of a head starts, and the end, in the order `order` (null: as given).
-struct Side {
-  const int64_t *order, *first;
-  int64_t order_batch, order_head, first_batch, first_head, blocks, tokens;
-  const uint8_t *valid;  // [batch, tokens]; null: all
-};
-
-// `at`: the first panel of every block of columns in its head's `panels`, by the strides of columns.first.
-// `q` to `d_out`, `lse` and `shift` [batch, head, token]: inputs. The others: outputs; `d_q`, `d_k`, `d_v` start at 0.
-struct Call {
-  int64_t batch, heads, channels, threads, tasks, panels;  // tasks: of the forward
-  Side rows, columns;
-  const int64_t *start, *task, *at;
-  const int32_t *list;
-  int64_t map_batch, map_head;
-  float scale, skip;  // skip below 0: leave out nothing
-  int64_t protect;
-  Tensor q, k, v, d_out, lse, shift, out, d_q, d_k, d_v;
-};
-}
-
-namespace {
-
-// The columns of all heads: `panels` [panel, channel, W] and `rows` [token, wide] of up to two tensors, vectors of
-// numbers per token, and how many tokens each block has. What a call does not use stays empty.
-struct Packed {
-  Buffer panels[2], rows[2], numbers[2];
-  std::vector<int64_t> count;
-};
-
-int64_t wide(const Call &c) { return up(c.channels, W); }
-
-const float *row(const Tensor &x, int64_t batch, int64_t head, int64_t token) {
-  return x.data + batch * x.batch + head * x.head + token * x.token;
-}
-
-// The tokens of positions `from` to `to` of a head's side, those that are not valid left out.
-int64_t tokens(const Side &s, int64_t batch, int64_t head, int64_t from, int64_t to, int64_t *into) {
-  const int64_t *order = s.order ? s.order + batch * s.order_batch + head * s.order_head : nullptr;
-  int64_t count = 0;
-  for (int64_t i = from; i < to; i++) {
-    const int64_t token = order ? order[i] : i;
-    if (!s.valid || s.valid[batch * s.tokens + token]) into[count++] = token;
-  }
-  return count;
-}
-
-const int64_t *first(const Side &s, int64_t batch, int64_t head) {
-  return s.first + batch * s.first_batch + head * s.first_head;
-}
-
-const int64_t *panels_of(const Call &c, int64_t batch, int64_t head) {
-  return c.at + batch * c.columns.first_batch + head * c.columns.first_head;
-}
-
-void pack(const Call &c, Packed &into, const Tensor *const (&panels)[2], const Tensor *const (&rows)[2],
-          const Tensor *const (&numbers)[2], int64_t item, std::vector<int64_t> &token) {
-  const int64_t block = item % c.columns.blocks, unit = item / c.columns.blocks;
-  const int64_t batch = unit / c.heads, head = unit % c.heads, width = wide(c);
-  const int64_t *bounds = first(c.columns, batch, head);
-  token.resize(std::max<int64_t>(1, bounds[block + 1] - bounds[block]));
-  const int64_t count = tokens(c.columns, batch, head, bounds[block], bounds[block + 1], token.data());
-  const int64_t *at = panels_of(c, batch, head);
-  const int64_t slot = (unit * c.panels + at[block]) * W;
-  into.count[item] = count;
-  for (int64_t i = 0; i < up(count, W); i++) {
-    for (int n = 0; n < 2; n++) {
-      if (panels[n]) {
-        const float *from = i < count ? row(*panels[n], batch, head, token[i]) : nullptr;
-        float *to = into.panels[n] + ((slot + i) / W * W * c.channels + i % W);
-        for (int64_t d = 0; d < c.channels; d++) to[d * W] = from ? from[d] : 0;
-      }
-      if (rows[n] && i < count) {
-        const float *from = row(*rows[n], batch, head, token[i]);
-        float *to = into.rows[n] + (slot + i) * width;
-        std::fill(std::copy(from, from + c.channels, to), to + width, 0.f);
-      }
-      if (numbers[n]) into.numbers[n][slot + i] = i < count ? *row(*numbers[n], batch, head, token[i]) : 0;
-    }
-  }
-}
-
 // What a thread computes with: a tile's rows (operands, sums), scores of a strip, and gradients of a tile's scores.
 struct Scratch {
   std::vector<int64_t> token;
-  Buffer left[2], sum[2], top, keys, held;
+  Buffer left[2], sum[2], top, keys, held, bias;
   std::vector<Vec> total;
   alignas(64) float scores[2][STRIP * COLUMNS], slopes[ROWS * COLUMNS];
 };
-
-void zeros(Buffer &x, int64_t count) { std::fill_n(x.need(count), count, 0.f); }
 
 // Rows of `width` numbers, at least as many as there are channels, up to a whole number of strips.
 void gather(const Call &c, const Tensor &from, int64_t batch, int64_t head, const std::vector<int64_t> &token,
@@ -138,7 +40,7 @@ void scatter(const Call &c, const Tensor &to, int64_t batch, int64_t head, const
   }
 }
 
-// Blocks of columns that block `block` of a head's rows sees: `body(first slot, how many, blocks that follow)`.
+// Blocks of columns that block `block` of a head's rows sees: `body(which, first slot, columns, blocks that follow)`.
 template <class Body>
 void listed(const Call &c, const Packed &packed, int64_t unit, int64_t block, Body body) {
   const int64_t batch = unit / c.heads, head = unit % c.heads;
@@ -146,23 +48,15 @@ void listed(const Call &c, const Packed &packed, int64_t unit, int64_t block, Bo
   const int64_t *at = panels_of(c, batch, head);
   for (int64_t i = bounds[0]; i < bounds[1]; i++) {
     const int64_t other = c.list[i], count = packed.count[unit * c.columns.blocks + other];
-    body((unit * c.panels + at[other]) * W, count, bounds[1] - i - 1);
+    body(other, (unit * c.panels + at[other]) * W, count, bounds[1] - i - 1);
   }
-}
-
-// Tiles of a block: `body(offset, how many)`.
-template <class Body>
-void parts(int64_t count, Body body) {
-  for (int64_t from = 0; from < count; from += COLUMNS) body(from, std::min<int64_t>(COLUMNS, count - from));
 }
 
 // Scores of a strip to weights, by the largest score of each row so far; sums so far are shrunk where that grows.
 template <int R>
-void weigh(float *scores, int64_t count, float *top, Vec *total, float *sum, int64_t width) {
-  const int64_t vectors = over(count, W);
+void weigh(float *scores, int64_t vectors, float *top, Vec *total, float *sum, int64_t width) {
   for (int r = 0; r < R; r++) {
     float *s = scores + r * COLUMNS;
-    std::fill(s + count, s + vectors * W, -INF);
     Vec most = load(s);
     for (int64_t n = 1; n < vectors; n++) most = load(s + n * W) > most ? load(s + n * W) : most;
     const float now = largest(most);
@@ -182,6 +76,16 @@ void weigh(float *scores, int64_t count, float *top, Vec *total, float *sum, int
   }
 }
 
+// What a strip's columns add to its sums, from their scores.
+template <int R>
+void take(Scratch &x, int64_t r, const Buffer &rows, int64_t width, const Columns &columns, float *scores) {
+  float *sum = x.sum[0] + r * width;
+  weigh<R>(scores, columns.vectors, x.top + r, &x.total[r], sum, width);
+  for (int64_t i = 0, at = 0; i < columns.runs; at += up(columns.run[i].count, W), i++)
+    product<R, true>({scores + at, COLUMNS, 1}, {rows + columns.run[i].slot * width, width, W}, columns.run[i].count, sum,
+                     width, width / W);
+}
+
 // Whether no weight of a block would exceed 2^-skip of the largest so far; `scores` of its tiles, one after the other.
 bool too_late(const Call &c, const Scratch &x, const float *scores, int64_t count, int64_t seen) {
   for (int64_t r = 0; r < count; r++) {
@@ -196,40 +100,77 @@ bool too_late(const Call &c, const Scratch &x, const float *scores, int64_t coun
   return true;
 }
 
+// A block whose scores may leave it out is looked at whole, before anything is added.
+void attend_block(const Call &c, const Packed &keys, Scratch &x, int64_t count, int64_t slot, int64_t all) {
+  float *held = x.held.need(up(all, COLUMNS) * ROWS);
+  const auto each = [&](auto body) {
+    parts(all, [&](int64_t from, int64_t seen) {
+      Columns columns;
+      columns.add(slot + from, seen);
+      strips(count, [&](auto size, int64_t r) { body(size, r, columns, held + from * ROWS + r * COLUMNS); });
+    });
+  };
+  each([&](auto size, int64_t r, const Columns &columns, float *scores) {
+    score<decltype(size)::value>(x.left[0] + r * c.channels, c.channels, keys.panels[0], columns, scores);
+  });
+  if (too_late(c, x, held, count, all)) return;
+  each([&](auto size, int64_t r, const Columns &columns, float *scores) {
+    take<decltype(size)::value>(x, r, keys.rows[0], wide(c), columns, scores);
+  });
+}
+
+// The means of blocks that a tile of queries does not see.
+void attend_means(const Call &c, const Packed &keys, const Means &means, Scratch &x, int64_t unit, int64_t block,
+                  int64_t count) {
+  const int64_t blocks = c.columns.blocks, first_slot = unit * mean_slots(c);
+  float *bias = x.bias.need(up(blocks, COLUMNS));
+  std::fill(std::copy_n(means.bias + first_slot, blocks, bias), bias + up(blocks, COLUMNS), -INF);
+  listed(c, keys, unit, block, [&](int64_t other, int64_t, int64_t, int64_t) { bias[other] = -INF; });
+  parts(blocks, [&](int64_t from, int64_t seen) {
+    if (std::all_of(bias + from, bias + from + seen, [](float b) { return b == -INF; })) return;
+    Columns columns;
+    columns.add(first_slot + from, seen);
+    strips(count, [&](auto size, int64_t r) {
+      constexpr int R = decltype(size)::value;
+      float *scores = x.scores[0];
+      score<R>(x.left[0] + r * c.channels, c.channels, means.panels, columns, scores);
+      for (int64_t i = 0; i < R; i++)
+        for (int64_t n = 0; n < columns.vectors * W; n += W) {
+          float *s = scores + i * COLUMNS + n;
+          store(s, load(s) + load(bias + from + n));
+        }
+      take<R>(x, r, means.rows, wide(c), columns, scores);
+    });
+  });
+}
+
 // Output and LSE of a tile of queries; see the Python side for the formulas.
-void attend(const Call &c, const Packed &keys, Scratch &x, int64_t unit, int64_t block, int64_t count) {
+void attend(const Call &c, const Packed &keys, const Means &means, Scratch &x, int64_t unit, int64_t block,
+            int64_t count) {
   const int64_t batch = unit / c.heads, head = unit % c.heads, width = wide(c), D = c.channels;
   gather(c, c.q, batch, head, x.token, count, D, c.scale * LOG2_E, x.left[0]);
   zeros(x.sum[0], up(count, PART) * width);
   std::fill_n(x.top.need(up(count, PART)), up(count, PART), -INF);
   x.total.assign(up(count, PART), Vec{});
-  const auto score = [&](auto size, int64_t r, int64_t slot, int64_t seen, float *into) {
-    const Right k{keys.panels[0] + slot * D, W, W * D};
-    product<decltype(size)::value, false>({x.left[0] + r * D, D, 1}, k, D, into, COLUMNS, over(seen, W));
-  };
-  const auto take = [&](auto size, int64_t r, int64_t slot, int64_t seen, float *scores) {
-    constexpr int R = decltype(size)::value;
-    float *sum = x.sum[0] + r * width;
-    weigh<R>(scores, seen, x.top + r, &x.total[r], sum, width);
-    product<R, true>({scores, COLUMNS, 1}, {keys.rows[0] + slot * width, width, W}, seen, sum, width, width / W);
-  };
-  listed(c, keys, unit, block, [&](int64_t slot, int64_t all, int64_t later) {
-    float *held = nullptr;  // scores of a whole block that may be left out
-    if (c.skip >= 0 && later >= c.protect) {
-      held = x.held.need(up(all, COLUMNS) * ROWS);
-      parts(all, [&](int64_t from, int64_t seen) {
-        strips(count, [&](auto size, int64_t r) { score(size, r, slot + from, seen, held + from * ROWS + r * COLUMNS); });
-      });
-      if (too_late(c, x, held, count, all)) return;
-    }
-    parts(all, [&](int64_t from, int64_t seen) {
-      strips(count, [&](auto size, int64_t r) {
-        float *scores = held ? held + from * ROWS + r * COLUMNS : x.scores[0];
-        if (!held) score(size, r, slot + from, seen, scores);
-        take(size, r, slot + from, seen, scores);
-      });
+  Columns columns;
+  const auto flush = [&] {
+    strips(count, [&](auto size, int64_t r) {
+      constexpr int R = decltype(size)::value;
+      score<R>(x.left[0] + r * D, D, keys.panels[0], columns, x.scores[0]);
+      take<R>(x, r, keys.rows[0], width, columns, x.scores[0]);
     });
+    columns = {};
+  };
+  listed(c, keys, unit, block, [&](int64_t, int64_t slot, int64_t all, int64_t later) {
+    if (c.skip >= 0 && later >= c.protect) return attend_block(c, keys, x, count, slot, all);
+    for (int64_t from = 0, some; from < all; from += some) {
+      some = std::min(all - from, COLUMNS - columns.vectors * W);
+      columns.add(slot + from, some);
+      if (columns.vectors * W == COLUMNS) flush();
+    }
   });
+  if (columns.vectors) flush();
+  if (c.summary) attend_means(c, keys, means, x, unit, block, count);
   for (int64_t r = 0; r < count; r++) {
     float total = 0;
     for (int w = 0; w < W; w++) total += x.total[r][w];
@@ -280,20 +221,21 @@ void differentiate_tile(const Call &c, const Packed &queries, const Buffer &d_q,
                        width / W);
     });
   };
-  listed(c, queries, unit, block, [&](int64_t slot, int64_t all, int64_t) {
+  listed(c, queries, unit, block, [&](int64_t, int64_t slot, int64_t all, int64_t) {
     parts(all, [&](int64_t from, int64_t seen) { tile(slot + from, seen); });
   });
   scatter(c, c.d_k, batch, head, x.token, count, c.scale, x.sum[0] + 0);
   scatter(c, c.d_v, batch, head, x.token, count, 1, x.sum[1] + 0);
 }
 
-// Every tile of a block of rows: `body(how many)`, with its tokens in `x`.
+// Every tile of a block of rows, all of about one size: `body(how many)`, with its tokens in `x`.
 template <class Body>
 void tiles(const Call &c, Scratch &x, int64_t unit, int64_t block, Body body) {
   const int64_t batch = unit / c.heads, head = unit % c.heads, *bounds = first(c.rows, batch, head);
   x.token.resize(ROWS);
-  for (int64_t from = bounds[block]; from < bounds[block + 1]; from += ROWS) {
-    const int64_t to = std::min(from + ROWS, bounds[block + 1]);
+  const int64_t all = bounds[block + 1] - bounds[block], size = all ? up(over(all, over(all, ROWS)), PART) : 0;
+  for (int64_t from = bounds[block]; from < bounds[block + 1]; from += size) {
+    const int64_t to = std::min(from + size, bounds[block + 1]);
     if (const int64_t count = tokens(c.rows, batch, head, from, to, x.token.data())) body(count);
   }
 }
@@ -313,10 +255,10 @@ void differentiate_head(const Call &c, const Packed &queries, Buffer &d_q, Scrat
   }
 }
 
-// Pack the columns, then run `body(packed, scratch, shared)` on every thread.
-template <class Body>
+// Pack the columns, `also(item, tokens)` after each block, then run `body(packed, scratch, shared)` on every thread.
+template <class Also, class Body>
 void run(const Call &c, const Tensor *const (&panels)[2], const Tensor *const (&rows)[2],
-         const Tensor *const (&numbers)[2], Body body) {
+         const Tensor *const (&numbers)[2], Also also, Body body) {
   const int64_t slots = c.batch * c.heads * c.panels * W, items = c.batch * c.heads * c.columns.blocks;
   Packed packed;
   packed.count.resize(items);
@@ -328,7 +270,10 @@ void run(const Call &c, const Tensor *const (&panels)[2], const Tensor *const (&
   Shared packing, computing;
   together(c.threads, [&] {
     Scratch x;
-    packing.each(items, [&](int64_t item) { pack(c, packed, panels, rows, numbers, item, x.token); });
+    packing.each(items, [&](int64_t item) {
+      pack(c, packed, panels, rows, numbers, item, x.token);
+      also(packed, item, x.token);
+    });
     body(packed, x, computing);
   });
 }
@@ -341,12 +286,23 @@ int64_t falloff_width() { return W; }
 
 void falloff_forward(const Call *call) {
   const Call &c = *call;
-  run(c, {&c.k, nullptr}, {&c.v, nullptr}, {nullptr, nullptr}, [&](const Packed &keys, Scratch &x, Shared &shared) {
-    shared.each(c.tasks, [&](int64_t i) {
-      const int64_t block = c.task[i] % c.rows.blocks, unit = c.task[i] / c.rows.blocks;
-      tiles(c, x, unit, block, [&](int64_t count) { attend(c, keys, x, unit, block, count); });
-    });
-  });
+  Means means;
+  if (c.summary) {
+    const int64_t slots = c.batch * c.heads * mean_slots(c);
+    zeros(means.panels, slots * c.channels);
+    zeros(means.rows, slots * wide(c));
+    means.bias.need(slots);
+  }
+  const auto summarise = [&](const Packed &keys, int64_t item, const std::vector<int64_t> &token) {
+    if (c.summary) pack_mean(c, keys, means, item, token);
+  };
+  run(c, {&c.k, nullptr}, {&c.v, nullptr}, {nullptr, nullptr}, summarise,
+      [&](const Packed &keys, Scratch &x, Shared &shared) {
+        shared.each(c.tasks, [&](int64_t i) {
+          const int64_t block = c.task[i] % c.rows.blocks, unit = c.task[i] / c.rows.blocks;
+          tiles(c, x, unit, block, [&](int64_t count) { attend(c, keys, means, x, unit, block, count); });
+        });
+      });
 }
 
 // Rows are keys, columns queries.
@@ -354,7 +310,8 @@ void falloff_backward(const Call *call) {
   const Call &c = *call;
   Buffer d_q;
   d_q.need(c.batch * c.heads * c.panels * W * wide(c));
-  run(c, {&c.q, &c.d_out}, {&c.q, &c.d_out}, {&c.lse, &c.shift},
+  const auto nothing = [](const Packed &, int64_t, const std::vector<int64_t> &) {};
+  run(c, {&c.q, &c.d_out}, {&c.q, &c.d_out}, {&c.lse, &c.shift}, nothing,
       [&](const Packed &queries, Scratch &x, Shared &shared) {
         shared.each(c.batch * c.heads, [&](int64_t unit) { differentiate_head(c, queries, d_q, x, unit); });
       });
