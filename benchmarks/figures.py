@@ -146,6 +146,13 @@ def method_figures(name: str) -> str:
     return table(METHOD_HEAD, rows) + "\n\n" + "\n".join(sources)
 
 
+def tuned_figures() -> str:
+    """What a search has found beside the default preset."""
+    path = RESULTS / "tuned-miniature-065.json"
+    result = json.loads(path.read_text())
+    return table(METHOD_HEAD, map(method_row, result["methods"])) + "\n\n" + source(result, path, "../../")
+
+
 METHOD_HEAD = ["method", "density", "effective", "attention kept", "PSNR", "speed-up", "planning, of the time"]
 
 
@@ -300,6 +307,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "plan": plan_figures,
     "attention": attention_figures,
     "methods": methods_figures,
+    "tuned": tuned_figures,
     "seam": seam_figures,
     "planning": planning_figures,
     "decoding": decoding_figures,
