@@ -3,10 +3,11 @@
     MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/planning.py --shape 40,128,21x15x20 \\
         --output benchmarks/results/planning-cpu.json
 
-Queries and keys are random, around centres that neighbours share: memory depends on shapes, and on how many pairs of
-blocks a plan keeps, which of noise alone would be nearly all. The second call finds the state that the first has left.
-A peak is of the process's resident memory, so it counts the plan itself, and what the C library keeps of freed memory
-unless its variable above tells it to give that back; the code that a first call loads is loaded before.
+Queries and keys are random, around centres that neighbours share, as many at every length: memory depends on shapes,
+and on how many pairs of blocks a plan keeps, which of noise alone would be nearly all. The second call finds the state
+that the first has left. A peak is of the process's resident memory, so it counts the plan itself, and what the C
+library keeps of freed memory unless its variable above tells it to give that back; the code that a first call loads is
+loaded before.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ METHODS: dict[str, Method] = {
     "contour": falloff.Contour(),
 }
 LAYERS, STEPS = 40, 50
-TOGETHER, SHARP = 64, 2.0
-"""Tokens in a row that share a centre, and how far centres lie apart beside the noise of one token."""
+CENTRES, SHARP = 98, 2.0
+"""How many, each shared by tokens in a row, and how far they lie apart beside the noise of one token."""
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 """A variable that the C library reads, and that the figures depend on."""
 
@@ -54,7 +55,7 @@ def tokens(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Queries and keys [1, H, N, D] of one set of centres, made head by head."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.empty(1, shape.heads, shape.tokens, shape.head_dim, dtype=dtype) for _ in range(2))
-    centre = torch.arange(shape.tokens) // TOGETHER
+    centre = torch.arange(shape.tokens) * CENTRES // shape.tokens
     for head in range(shape.heads):
         centres = SHARP * torch.randn(int(centre[-1]) + 1, shape.head_dim, generator=generator)
         for x in (q, k):

@@ -36,6 +36,7 @@ import falloff
 from falloff import miniature
 from falloff.evaluation import metrics
 from falloff.evaluation.bench import record
+from falloff.methods import METHODS
 from falloff.methods.branch import Layer, Work
 from falloff.methods.sla import FEATURES, Projected
 from falloff.miniature.clips import write_clips
@@ -81,6 +82,9 @@ class LinearAlone(falloff.SLA):
 class OnlyLinear(Projected):
     def forward(self, work: Work) -> Tensor:
         return super().forward(work) - work.out_BHND
+
+
+METHODS[LinearAlone.name] = LinearAlone  # so that the recipe beside its weights can be read
 
 
 def sparse_ways() -> dict[str, falloff.Method]:
