@@ -106,7 +106,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def terminal(title: str, heads: Sequence[str], rows: Iterable[Row]) -> Table:
-    """Rows of figures for a terminal. Of more columns than ``SIDE_BY_SIDE`` each becomes a line, the figures columns."""
+    """Rows of figures for a terminal. Of more than ``SIDE_BY_SIDE`` columns each becomes a line."""
     from rich.table import Table
 
     lines = [[row.name, *row.cells] for row in rows]
