@@ -199,9 +199,10 @@ def planning_figures() -> str:
         first = result["rows"][0]
         calls: dict[str, list[str]] = defaultdict(list)
         for row in result["rows"]:
+            calls[row["method"]] = calls[row["method"]] or [f"{row['density']:.0%}"]
             calls[row["method"]].append(f"{row['extra_bytes'] / 1e6:.0f} MB")
         size = f"{first['tokens']:,} tokens, {first['heads']} heads of {first['head_dim']}"
-        head = [size, "first call", "next"]
+        head = [size, "density", "first call", "next"]
         parts += [table(head, [[name, *both] for name, both in calls.items()]), source(result, path, "../../")]
     return "\n\n".join(parts)
 

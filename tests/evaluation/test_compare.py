@@ -97,6 +97,17 @@ def test_table_and_page_of_a_real_comparison(found: tuple[Comparison, list[Progr
     assert "every call stayed dense" in report.html(found[0])
 
 
+def test_many_methods_are_lines_of_the_terminal_table() -> None:
+    heads = [f"way {n}" for n in range(7)]
+    rows = [figures.Row(name, [f"{name} {n}" for n in range(7)], "") for name in ("time", "density")]
+    for few in (heads[:5], heads):
+        shown = figures.terminal("title", few, [row._replace(cells=row.cells[: len(few)]) for row in rows])
+        cells = [[column.header, *column.cells] for column in shown.columns]
+        expected = [["", *few], *([row.name, *row.cells[: len(few)]] for row in rows)]
+        turned = [list(line) for line in zip(*expected, strict=True)]
+        assert cells == (turned if len(few) == 5 else expected)
+
+
 def state(pipe: Any) -> tuple[Any, ...]:
     processors = [type(module.processor) for module in pipe.transformer.modules() if hasattr(module, "processor")]
     return vars(pipe).get("_progress_bar_config"), processors, hasattr(pipe.transformer, "_falloff")

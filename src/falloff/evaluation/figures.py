@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "-"
+SIDE_BY_SIDE = 5
+"""Columns of figures that a terminal of usual width shows side by side."""
 
 
 class Row(NamedTuple):
@@ -104,15 +106,19 @@ def table(comparison: Comparison) -> Table:
 
 
 def terminal(title: str, heads: Sequence[str], rows: Iterable[Row]) -> Table:
-    """Rows of figures for a terminal."""
+    """Rows of figures for a terminal. Of more than ``SIDE_BY_SIDE`` columns each becomes a line."""
     from rich.table import Table
 
+    lines = [[row.name, *row.cells] for row in rows]
+    if len(heads) > SIDE_BY_SIDE:
+        lines = [list(line) for line in zip(["", *heads], *lines, strict=True)]
+        (_, *heads), *lines = lines
     shown = Table(title=title, title_justify="left")
     shown.add_column("")
     for head in heads:
         shown.add_column(head, justify="right")
-    for row in rows:
-        shown.add_row(row.name, *row.cells)
+    for line in lines:
+        shown.add_row(*line)
     return shown
 
 

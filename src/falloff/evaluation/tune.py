@@ -1,9 +1,10 @@
 """The fastest settings that stay close enough to dense: searched on the model at hand, within a time budget.
 
-Candidates come from optuna's TPE sampler, which learns from those judged before and prefers ones that reach the
-target. Fidelity is measured (PSNR of whole generations against dense), or told from the share of the model's own
-attention that plans keep, where one dense run judges many candidates at once. What is found is compared with dense and
-with the method's defaults on the same prompts, interleaved, and that comparison goes into the recipe.
+Candidates are the methods' defaults, what lies between these and the goal on their dials, and what optuna's TPE sampler
+draws, which learns from those judged before and prefers ones that reach the target. Fidelity is measured (PSNR of whole
+generations against dense), or told from the share of the model's own attention that plans keep, where one dense run
+judges many candidates at once. What is found is compared with dense and with the method's defaults on the same prompts,
+interleaved, and that comparison goes into the recipe.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from falloff.evaluation.probe import Probe
 from falloff.evaluation.recall import RecallObserver, Recalls
 from falloff.evaluation.refine import LEVELS, Looks, finer
 from falloff.evaluation.study import COST, FIDELITY, TuningError
+from falloff.evaluation.turning import Dial, dials, ends_of_dials, next_turn
 from falloff.methods import METHODS, get
 from falloff.methods.base import Method
 from falloff.recipe import Recipe
@@ -171,6 +173,7 @@ class _Search:
         self._steps = steps(pipe, call_arguments)
         self._model, self._layers = api.identities(pipe)[0]
         self._dense: list[_Dense] = []
+        self._dials: dict[type[Method], Dial] = {}
         self.space = Space(kinds, range(self._layers))
 
     def identity(self) -> dict[str, Any]:
@@ -194,10 +197,21 @@ class _Search:
             made = generate(self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments)
             self._dense.append(_Dense(_as_float(made.frames_FHWC), made.seconds))
         self.say("which layers need their attention most")
-        recalls = self._recalls([kind() for kind in self.kinds])
-        losses = [found.by_layer() for found in recalls]
+        ends = ends_of_dials(self.kinds)
+        recalls = self._recalls([*(kind() for kind in self.kinds), *ends])
+        losses = [found.by_layer() for found in recalls[: len(self.kinds)]]
         sensitive = sorted(range(self._layers), key=lambda layer: min(kept.get(layer, 1.0) for kept in losses))
         self.space = Space(self.kinds, sensitive)
+        density = [fmean(found.density_by_layer().values() or [1.0]) for found in recalls[len(self.kinds) :]]
+        self._dials = dials(ends, density)
+
+    def turns(self, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
+        """Of every method the next place of its dial to try."""
+        judged = [(trial.params, trial.user_attrs[FIDELITY]) for trial in trials]
+        found = [
+            next_turn(dial, self.space.defaults(kind), judged, self.goal.target) for kind, dial in self._dials.items()
+        ]
+        return [point for point in found if point is not None]
 
     def seconds_to_compare(self) -> float:
         """Dense twice, the defaults, the best and what it was refined from, and short runs first."""
@@ -323,7 +337,7 @@ class _Search:
 def _run(search: _Search, study: Study, deadline: float) -> None:
     """Ask for candidates and judge them until the next ones would take too long; one at least.
 
-    The methods' own defaults come before any other.
+    The methods' own defaults come before any other, and then what lies on their dials towards the goal.
     """
     if not studies.judged(study):
         for kind in search.kinds:
@@ -331,6 +345,8 @@ def _run(search: _Search, study: Study, deadline: float) -> None:
     longest = 0.0
     while time.monotonic() + longest < deadline or not studies.judged(study):
         began = time.monotonic()
+        for point in search.turns(studies.judged(study)):
+            study.enqueue_trial(point, skip_if_exists=True)
         _round(search, study)
         longest = max(longest, time.monotonic() - began)
 

@@ -81,9 +81,10 @@ template <int R>
 void take(Scratch &x, int64_t r, const Buffer &rows, int64_t width, const Columns &columns, float *scores) {
   float *sum = x.sum[0] + r * width;
   weigh<R>(scores, columns.vectors, x.top + r, &x.total[r], sum, width);
-  for (int64_t i = 0, at = 0; i < columns.runs; at += up(columns.run[i].count, W), i++)
-    product<R, true>({scores + at, COLUMNS, 1}, {rows + columns.run[i].slot * width, width, W}, columns.run[i].count, sum,
-                     width, width / W);
+  for (int64_t i = 0, at = 0; i < columns.runs; at += up(columns.run[i].count, W), i++) {
+    const auto [slot, count] = columns.run[i];
+    product<R, true>({scores + at, COLUMNS, 1}, {rows + slot * width, width, W}, count, sum, width, width / W);
+  }
 }
 
 // Whether no weight of a block would exceed 2^-skip of the largest so far; `scores` of its tiles, one after the other.

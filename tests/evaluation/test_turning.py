@@ -1,0 +1,67 @@
+"""A dial is turned to where fidelity meets the goal, in few candidates, whichever of its ends is dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import falloff
+from falloff.evaluation.candidates import Space
+from falloff.evaluation.turning import CLOSE, TURNS, Dial, dials, ends_of_dials, next_turn
+from falloff.methods.base import Span
+
+RISING = Dial("contour.density", Span(0.03, 0.5, log=True), falling=False)
+FALLING = Dial("vsa.sparsity", Span(0.3, 0.95), falling=True)
+
+
+def turned(dial: Dial, start: dict[str, Any], fidelity: Callable[[float], float], target: float) -> list[float]:
+    """The dial's values in the order tried, the start's first."""
+    judged = [(start, fidelity(start[dial.name]))]
+    while (point := next_turn(dial, start, judged, target)) is not None:
+        assert {**point, dial.name: 0} == {**start, dial.name: 0}
+        judged.append((point, fidelity(point[dial.name])))
+    return [params[dial.name] for params, _ in judged]
+
+
+@pytest.mark.parametrize("dial", [RISING, FALLING])
+@pytest.mark.parametrize("where", [0.07, 0.2, 0.45, 0.8, 0.97])
+def test_few_turns_come_near_to_the_goal(dial: Dial, where: float) -> None:
+    values = turned(
+        dial, {dial.name: dial.value(0.5), "method": "x"}, lambda value: 100 * dial.place(value), 100 * where
+    )
+    assert len(values) <= 1 + TURNS
+    reached = [dial.place(value) for value in values if dial.place(value) >= where]
+    assert min(reached, default=1.0) - where < max(CLOSE, 0.5**TURNS)
+
+
+def test_a_place_is_a_value_and_back() -> None:
+    for dial, sparse in ((RISING, 0.03), (FALLING, 0.95)):
+        assert dial.value(0) == sparse
+        for place in (0.1, 0.5, 0.9):
+            assert dial.place(dial.value(place)) == pytest.approx(place, abs=1e-3)
+
+
+def test_what_differs_in_more_than_the_dial_tells_nothing() -> None:
+    start = {"contour.density": 0.2, "dense_first": 0.25}
+    other = {"contour.density": 0.1, "dense_first": 0.0}
+    assert next_turn(RISING, start, [(other, 50.0)], 20) is None  # the start is not judged yet
+    alone = next_turn(RISING, start, [(start, 50.0)], 20)
+    assert alone == next_turn(RISING, start, [(start, 50.0), (other, 1.0)], 20)
+
+
+def test_a_dial_that_tells_of_no_order_is_left_alone() -> None:
+    judged = [({"contour.density": 0.2}, 10.0), ({"contour.density": 0.1}, 30.0)]
+    assert next_turn(RISING, judged[0][0], judged, 20) is None
+
+
+def test_ends_and_the_way_between_them() -> None:
+    kinds = [falloff.Contour, falloff.Hyper, falloff.VSA]
+    ends = ends_of_dials(kinds)
+    assert [type(end) for end in ends] == [falloff.Contour] * 2 + [falloff.VSA] * 2
+    assert ends[0] == falloff.Contour(density=0.03)
+    found = dials(ends, [0.03, 0.5, 0.7, 0.05])
+    assert found == {falloff.Contour: RISING, falloff.VSA: FALLING}
+    for kind, dial in found.items():
+        assert dial.name in Space([kind], range(4)).defaults(kind)
