@@ -146,11 +146,17 @@ def method_figures(name: str) -> str:
     return table(METHOD_HEAD, rows) + "\n\n" + "\n".join(sources)
 
 
-def tuned_figures() -> str:
-    """What a search has found beside the default preset."""
-    path = RESULTS / "tuned-miniature-065.json"
+def arms_figures(name: str) -> str:
+    """A comparison of a few settings, with the range of their speed-ups."""
+    path = RESULTS / f"{name}-miniature-065.json"
     result = json.loads(path.read_text())
-    return table(METHOD_HEAD, map(method_row, result["methods"])) + "\n\n" + source(result, path, "../../")
+    rows = []
+    for arm in result["methods"]:
+        label, *figures, speedup, planning = method_row(arm)
+        low, high = min(arm["speedups"]), max(arm["speedups"])
+        rows.append([label, *figures, f"{speedup} ({low:.2f} to {high:.2f})", planning])
+    told = f"{len(result['pairs'])} prompts of the miniature, 65 frames:"
+    return "\n\n".join([told, table(METHOD_HEAD, rows), source(result, path, "../../")])
 
 
 METHOD_HEAD = ["method", "density", "effective", "attention kept", "PSNR", "speed-up", "planning, of the time"]
@@ -308,7 +314,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "plan": plan_figures,
     "attention": attention_figures,
     "methods": methods_figures,
-    "tuned": tuned_figures,
+    "tuned": partial(arms_figures, "tuned"),
+    "duel": partial(arms_figures, "duel"),
     "seam": seam_figures,
     "planning": planning_figures,
     "decoding": decoding_figures,
