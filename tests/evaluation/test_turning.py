@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 import falloff
-from falloff.evaluation.candidates import Space
+from falloff.evaluation import study as studies
+from falloff.evaluation import tune as tuning
+from falloff.evaluation.candidates import Candidate, Space
 from falloff.evaluation.turning import CLOSE, TURNS, Dial, dials, ends_of_dials, next_turn
 from falloff.methods.base import Span
 
@@ -65,3 +68,40 @@ def test_ends_and_the_way_between_them() -> None:
     assert found == {falloff.Contour: RISING, falloff.VSA: FALLING}
     for kind, dial in found.items():
         assert dial.name in Space([kind], range(4)).defaults(kind)
+
+
+class Judge:
+    """A search whose fidelity is the density asked for; every candidate seems to take the time of refining."""
+
+    space = Space([falloff.Contour], range(4))
+    kinds = (falloff.Contour,)
+    goal = tuning.Goal("recall", 0.1)
+
+    def __init__(self) -> None:
+        self.asked: list[float] = []
+
+    def turns(self, trials: Sequence[Any]) -> list[dict[str, Any]]:
+        judged = [(trial.params, trial.user_attrs[studies.FIDELITY]) for trial in trials]
+        point = next_turn(RISING, self.space.defaults(falloff.Contour), judged, self.goal.target)
+        return [] if point is None else [point]
+
+    def at_once(self) -> int:
+        return 1
+
+    def judge(self, candidates: list[Candidate]) -> list[tuple[float, float]]:
+        self.asked += [candidate.method.settings()["density"] for candidate in candidates]
+        return [(candidate.method.settings()["density"],) * 2 for candidate in candidates]
+
+    def seconds_to_refine(self) -> float:
+        return 3600.0
+
+    def say(self, _: str) -> None: ...
+
+
+def test_dials_are_turned_even_in_the_time_to_refine() -> None:
+    search = Judge()
+    with studies.opened(None, {}) as study:
+        tuning._run(search, study, time.monotonic() + 3000)
+    assert search.asked[0] == falloff.Contour().density
+    assert 2 < len(search.asked) <= 1 + TURNS
+    assert min(value for value in search.asked if value >= 0.1) < 0.12

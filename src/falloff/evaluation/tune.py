@@ -133,7 +133,7 @@ def tune(
     with studies.opened(trials, search.identity()) as study:
         search.prepare()
         deadline = started + seconds - search.seconds_to_compare()
-        _run(search, study, deadline - search.seconds_to_refine())
+        _run(search, study, deadline)
         tried = [search.tried(trial) for trial in studies.judged(study)]
     plain = _best(tried, goal)
     refined, measured = search.refine(plain, deadline)
@@ -337,16 +337,23 @@ class _Search:
 def _run(search: _Search, study: Study, deadline: float) -> None:
     """Ask for candidates and judge them until the next ones would take too long; one at least.
 
-    The methods' own defaults come before any other, and then what lies on their dials towards the goal.
+    The methods' own defaults come before any other, and then what lies on their dials towards the goal. When these are
+    done, time is left to refine what was found.
     """
     if not studies.judged(study):
         for kind in search.kinds:
             study.enqueue_trial(search.space.defaults(kind))
     longest = 0.0
-    while time.monotonic() + longest < deadline or not studies.judged(study):
-        began = time.monotonic()
-        for point in search.turns(studies.judged(study)):
+    while True:
+        judged = studies.judged(study)
+        turns = search.turns(judged)
+        ahead = len(judged) < len(search.kinds) or bool(turns)
+        until = deadline if ahead else deadline - search.seconds_to_refine()
+        if judged and time.monotonic() + longest >= until:
+            return
+        for point in turns:
             study.enqueue_trial(point, skip_if_exists=True)
+        began = time.monotonic()
         _round(search, study)
         longest = max(longest, time.monotonic() - began)
 
