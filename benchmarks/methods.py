@@ -6,8 +6,8 @@ Every video is kept in a folder beside the output (delete it when all is done): 
 interruption, or with more --prompts, and it goes on. For the figures of the prompts done so far, ask for no more.
 
 Each method's setting is the one of a ladder whose density, measured on the model's own queries and keys in one dense
-run, is nearest to the one asked for. Contour, whose looks take time, is also shown with FEWER of those pairs, where it
-takes no more time than others. Pictures of the maps go to docs/pictures.
+run, is nearest to the one asked for. Contour, whose looks take time, is also shown with FEWER of those pairs. Pictures
+of the maps go to docs/pictures.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def main() -> None:
     files.write(given.output, json.dumps(values, indent=1, allow_nan=False) + "\n")
     if given.pictures:
         PICTURES.mkdir(parents=True, exist_ok=True)
-        for label, arm in zip(ladders(), found.methods, strict=False):
+        for label, arm in zip(ladders(), found.methods[:-1], strict=True):
             if arm.block_map is not None:
                 png = base64.b64decode(block_map_png(arm.block_map).partition(",")[2])
                 (PICTURES / f"map-{label.replace(' ', '-')}.png").write_bytes(png)

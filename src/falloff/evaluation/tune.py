@@ -208,9 +208,8 @@ class _Search:
     def turns(self, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
         """Of every method the next place of its dial to try."""
         judged = [(trial.params, trial.user_attrs[FIDELITY]) for trial in trials]
-        found = [
-            next_turn(dial, self.space.defaults(kind), judged, self.goal.target) for kind, dial in self._dials.items()
-        ]
+        starts = ((dial, self.space.defaults(kind)) for kind, dial in self._dials.items())
+        found = (next_turn(dial, start, judged, self.goal.target) for dial, start in starts)
         return [point for point in found if point is not None]
 
     def seconds_to_compare(self) -> float:

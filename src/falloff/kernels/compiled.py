@@ -53,6 +53,12 @@ def call(source: Path, name: str, argument: ctypes.Structure) -> None:
     run(ctypes.byref(argument))
 
 
+def runs(source: Path, x: torch.Tensor) -> bool:
+    """Whether a library serves a tensor: float32 on a CPU with a C++ compiler."""
+    served = x.device.type == "cpu" and x.dtype == torch.float32
+    return served and not isinstance(library(source), CompileError)
+
+
 def width(source: Path) -> int:
     """Numbers in a vector of a library that is known to be there."""
     found: int = _present(source).falloff_width()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from falloff.kernels import compiled
@@ -14,9 +13,8 @@ SOURCE = Path(__file__).parent / "simd" / "look.cpp"
 
 
 def runs(keys_BHND: Tensor) -> bool:
-    """Whether queries can be looked at here: float32 on a CPU with a C++ compiler."""
-    on_cpu = keys_BHND.device.type == "cpu" and keys_BHND.dtype == torch.float32
-    return on_cpu and not isinstance(compiled.library(SOURCE), compiled.CompileError)
+    """Whether queries can be looked at here."""
+    return compiled.runs(SOURCE, keys_BHND)
 
 
 def spared(
@@ -37,7 +35,7 @@ def spared(
     call.rows.blocks, call.rows.tokens = rows // per_cluster, rows
     call.columns = side(order, first, blocks, k.shape[2])
     call.at = at.data_ptr()
-    for name, x in (("q", q), ("k", k), ("v", k), ("out", out)):
+    for name, x in (("q", q), ("k", k), ("out", out)):
         setattr(call, name, Strided(x.data_ptr(), *x.stride()[:3]))
     call.threads = compiled.threads(q.numel() * k.shape[2])
     compiled.call(SOURCE, "falloff_look", call)

@@ -53,12 +53,12 @@ def channels_together(x_BHND: Tensor) -> Tensor:
 
 
 def side(order: Tensor | None, first: Tensor, blocks: int, tokens: int) -> Side:
-    side = Side(first=first.data_ptr(), blocks=blocks, tokens=tokens)
-    side.first_batch, side.first_head = _lead_strides(first)
+    made = Side(first=first.data_ptr(), blocks=blocks, tokens=tokens)
+    made.first_batch, made.first_head = _lead_strides(first)
     if order is not None:
-        side.order = order.data_ptr()
-        side.order_batch, side.order_head = _lead_strides(order)
-    return side
+        made.order = order.data_ptr()
+        made.order_batch, made.order_head = _lead_strides(order)
+    return made
 
 
 def _lead_strides(x: Tensor) -> tuple[int, int]:

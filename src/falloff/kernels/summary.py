@@ -2,7 +2,8 @@
 
 A block of m keys whose mean is k_j, with v_j the mean of its values, stands for one key at logit
 ``scale q . k_j + log(m)``, as if each of its keys were the mean. It is computed apart from the blocks that a plan keeps
-and merged with what any kernel made of those. Keys that a call drops are in no mean and not counted.
+and merged with what a kernel made of those, unless that runs a plan's summary itself. Keys that a call drops are in no
+mean and not counted.
 """
 
 from __future__ import annotations

@@ -46,8 +46,7 @@ class Clusters(NamedTuple):
         """Tokens cluster by cluster, in the given order inside each: int64 [B, H, N]."""
         batch, heads, length = self.labels.shape
         order = torch.empty(self.labels.shape, dtype=torch.int64, device=self.labels.device)
-        together = 0 if self.labels.is_cpu else SORTED_BYTES  # a CPU gains nothing by several heads
-        for group in groups_within(batch, heads, SORT_BYTES * length, together):
+        for group in groups_within(batch, heads, SORT_BYTES * length, SORTED_BYTES):
             order[group] = self.order_of(group)
         return order
 

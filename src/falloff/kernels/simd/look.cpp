@@ -94,7 +94,6 @@ void falloff_look(const Call *call) {
   Means means;
   keys.count.resize(items);
   keys.panels[0].need(slots * c.channels);
-  keys.rows[0].need(1);
   zeros(means.panels, units * mean_slots(c) * c.channels);
   zeros(means.rows, units * mean_slots(c) * wide(c));
   means.bias.need(units * mean_slots(c));

@@ -113,7 +113,7 @@ void pack(const Call &c, Packed &into, const Tensor *const (&panels)[2], const T
   }
 }
 
-// The mean of a block of keys, and of its values; zeros where it has none.
+// The mean of a block of keys, and of its values where a call has them; zeros where it has no key.
 void pack_mean(const Call &c, const Packed &keys, Means &into, int64_t item, const std::vector<int64_t> &token) {
   const int64_t block = item % c.columns.blocks, unit = item / c.columns.blocks, count = keys.count[item];
   const int64_t batch = unit / c.heads, head = unit % c.heads, slot = unit * mean_slots(c) + block;
@@ -128,7 +128,7 @@ void pack_mean(const Call &c, const Packed &keys, Means &into, int64_t item, con
   };
   sum_up(c.k);
   for (int64_t d = 0; d < c.channels; d++) panel[d * W] = mean[d];
-  sum_up(c.v);
+  if (c.v.data) sum_up(c.v);
   into.bias[slot] = count ? std::log2(float(count)) : -INF;
 }
 
