@@ -25,6 +25,8 @@ WEIGHTS, SECOND_WEIGHTS, RECIPE = (
 """What diffusers calls the weights of a LoRA, and what lies beside ours: the LoRA of a second transformer, which
 diffusers loads from a file of its own alone, and the recipe."""
 FILES = {FIRST: WEIGHTS, SECOND: SECOND_WEIGHTS}
+LOADS, LOADS_ITSELF = "load_lora_weights", "load_lora_adapter"
+"""What pipelines that load a LoRA have, and what transformers have whose pipeline may do without."""
 
 
 def projections(model: nn.Module) -> list[str]:
@@ -94,7 +96,8 @@ def _take_off(model: Any) -> None:
 
 
 def save(pipe: Any, folder: Path) -> None:
-    """Write the LoRA of every transformer as ``pipe.load_lora_weights`` reads it, beside its place first."""
+    """Write the LoRA of every transformer as ``pipe.load_lora_weights`` reads it, beside its place first; and in the
+    same layout, which ``pipe.transformer.load_lora_adapter`` reads, where the pipeline itself loads none."""
     from peft import get_peft_model_state_dict
 
     for expert, file in FILES.items():
@@ -103,21 +106,32 @@ def save(pipe: Any, folder: Path) -> None:
             continue
         state = get_peft_model_state_dict(model, adapter_name=NAME)
         beside = f"{file}.part"
-        pipe.save_lora_weights(folder, transformer_lora_layers=state, weight_name=beside)
+        if hasattr(pipe, "save_lora_weights"):
+            pipe.save_lora_weights(folder, transformer_lora_layers=state, weight_name=beside)
+        else:
+            _write(state, folder / beside)
         (folder / beside).replace(folder / file)
+
+
+def _write(state: Mapping[str, Tensor], file: Path) -> None:
+    """The LoRA of the first transformer."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"{FIRST}.{name}": x.cpu().contiguous() for name, x in state.items()}, file, metadata={"format": "pt"})
 
 
 @contextmanager
 def loaded(pipe: Any, source: str | Path) -> Iterator[None]:
-    """A pipeline with a LoRA, of ours or another, by ``pipe.load_lora_weights``; and with the positions it was
-    trained for, where a recipe beside it tells them.
+    """A pipeline with a LoRA, of ours or another, by ``pipe.load_lora_weights`` or, where the pipeline has no such
+    thing, by its transformer; and with the positions it was trained for, where a recipe beside it tells them.
 
     A folder with a LoRA for a second transformer has that loaded too; a file is the LoRA of the first, or the second's
     where its name is ours for that.
 
     Raises ``TrainingError`` for what is no LoRA, or the LoRA of another model.
     """
-    if not hasattr(pipe, "load_lora_weights"):
+    if not any(hasattr(part, name) for part, name in ((pipe, LOADS), (getattr(pipe, FIRST, None), LOADS_ITSELF))):
         raise TrainingError(f"{type(pipe).__name__} loads no LoRA")
     files = _files(Path(source))
     for expert, file in files.items():
@@ -127,15 +141,16 @@ def loaded(pipe: Any, source: str | Path) -> Iterator[None]:
     with ExitStack() as left:
         for expert, file in files.items():
             _load(pipe, expert, file)
-            left.callback(pipe.unload_lora_weights)
+            left.callback(pipe.unload_lora_weights if hasattr(pipe, LOADS) else pipe.transformer.unload_lora)
         _move(pipe, file.parent / RECIPE, left)
         yield
 
 
 def _load(pipe: Any, expert: str, file: Path) -> None:
     second = {} if expert == FIRST else {f"load_into_{expert}": True}
+    load = pipe.load_lora_weights if hasattr(pipe, LOADS) else pipe.transformer.load_lora_adapter
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=NAME, **second)
+        load(str(file.parent), weight_name=file.name, adapter_name=NAME, **second)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:  # its converters raise whatever they meet
         raise TrainingError(f"diffusers cannot load {file} into {type(pipe).__name__}: {error}") from error
 

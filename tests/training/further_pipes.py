@@ -1,0 +1,75 @@
+"""Tiny random pipelines that take prompts in words, of families whose text encoders are not Wan's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    ClassifierFreeGuidance,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
+from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
+from worded import pipeline
+
+CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def hunyuan_video15() -> HunyuanVideo15Pipeline:
+    tokenizer = pipeline().tokenizer
+    tokenizer.chat_template = CHAT
+    torch.manual_seed(0)
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=1.0,
+        text_embed_dim=16,
+        text_embed_2_dim=12,
+        image_embed_dim=8,
+        rope_axes_dim=(4, 4, 4),
+    )
+    made = HunyuanVideo15Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=_qwen(),
+        tokenizer_2=ByT5Tokenizer(),
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=384, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        ).eval(),
+        transformer=transformer.eval(),
+        vae=AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(32, 32, 32),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        guider=ClassifierFreeGuidance(guidance_scale=2.0),
+    )
+    made.system_message, made.prompt_template_encode_start_idx = "a fox", 2
+    made.tokenizer_max_length, made.tokenizer_2_max_length = 6, 8
+    return _quiet(made)
+
+
+def _qwen() -> Qwen2_5_VLTextModel:
+    config = Qwen2_5_VLTextConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+    )
+    return Qwen2_5_VLTextModel(config).eval()
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
