@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AllegroPipeline,
+    AllegroTransformer3DModel,
+    AutoencoderKLAllegro,
     AutoencoderKLHunyuanVideo15,
     ClassifierFreeGuidance,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
@@ -55,6 +59,28 @@ def hunyuan_video15() -> HunyuanVideo15Pipeline:
     made.system_message, made.prompt_template_encode_start_idx = "a fox", 2
     made.tokenizer_max_length, made.tokenizer_2_max_length = 6, 8
     return _quiet(made)
+
+
+def allegro() -> AllegroPipeline:
+    words = pipeline()
+    torch.manual_seed(0)
+    transformer = AllegroTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, num_layers=2, cross_attention_dim=48, caption_channels=16
+    )
+    vae = AutoencoderKLAllegro(
+        down_block_types=("AllegroDownBlock3D",) * 3,
+        up_block_types=("AllegroUpBlock3D",) * 3,
+        block_out_channels=(4, 4, 4),
+        temporal_downsample_blocks=(True, True, False),
+        temporal_upsample_blocks=(False, True, True),
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    vae.kernel, vae.stride = (8, 32, 32), (4, 16, 16)
+    vae.enable_tiling()
+    parts = {"tokenizer": words.tokenizer, "text_encoder": words.text_encoder}
+    parts["scheduler"] = EulerAncestralDiscreteScheduler()
+    return _quiet(AllegroPipeline(**parts, transformer=transformer.eval(), vae=vae.eval()))
 
 
 def _qwen() -> Qwen2_5_VLTextModel:

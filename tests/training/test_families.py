@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, EulerAncestralDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
@@ -27,7 +27,10 @@ from falloff.training.family import Sample
 from falloff.training.noising import Noising, noising_of
 from falloff.training.objective import point_at, velocity
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi asks for float32, which the CPU has anyway
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast"),  # Mochi asks for float32, which the CPU has anyway
+    pytest.mark.filterwarnings("ignore:__array__ implementation"),  # between the scheduler of Allegro and numpy
+]
 STEPS = 4
 NAMES = (
     "Wan",
@@ -39,11 +42,14 @@ NAMES = (
     "CogVideoX",
     "CogVideoX 1.5",
     "Kandinsky 5",
+    "Allegro",
 )
 DIFFUSION = CogVideoXDDIMScheduler(
     prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
 )
 """As the checkpoints of CogVideoX have it."""
+OF_NOISE = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+"""The table of Allegro's, which draws noise at every step."""
 
 
 def pipe_and_call(name: str) -> tuple[Any, dict[str, Any]]:
@@ -57,6 +63,9 @@ def pipe_and_call(name: str) -> tuple[Any, dict[str, Any]]:
     pipe = tiny_pipeline(name)
     if name.startswith("CogVideoX"):
         pipe.scheduler = copy.deepcopy(DIFFUSION)
+    if name == "Allegro":
+        pipe.scheduler = copy.deepcopy(OF_NOISE)
+        pipe.vae = Part(use_tiling=True)
     if name == "SkyReels-V2":
         pipe.scheduler = scheduler("euler")  # its own tells whole timesteps
     if name == "HunyuanVideo 1.5":
@@ -92,6 +101,12 @@ def recorded(name: str) -> tuple[Any, dict[str, Any], list[dict[str, Any]], list
 
 LATENT_CHANNELS = {"HunyuanVideo 1.5": 2}
 """Where more of them, for a picture, come after those of the latents."""
+
+
+def begun(name: str, call: dict[str, Any], noising: Noising, clean: Tensor, noise: Tensor) -> dict[str, Any]:
+    """A call that begins at the sampler's first level, which in Allegro's table is not all noise."""
+    of_clean, of_noise = noising.mix(noising.levels[0])
+    return {**call, "latents": of_clean * clean + of_noise * noise} if name == "Allegro" else call
 
 
 def encoded(pipe: Any, call: dict[str, Any]) -> None:
@@ -144,6 +159,7 @@ def test_the_velocity_leads_the_pipeline_to_the_clean_latent(name: str) -> None:
     noising = noising_of(pipe, family, STEPS, call)
     generator = torch.Generator().manual_seed(2)
     clean = torch.randn(hidden[0].shape, generator=generator)
+    call = begun(name, call, noising, clean, hidden[0])
     assert noising.levels[0] == pytest.approx(1)
     pipe.transformer.forward = answers(noising, family.velocity, clean, hidden[0])
     final = torch.zeros(())
@@ -200,6 +216,7 @@ def test_the_pipeline_decodes_what_was_encoded(name: str) -> None:
     place = {"dtype": torch.float32, "device": torch.device("cpu"), "modules": lambda: iter(())}
     pipe.vae = Part(config=config, decode=decode, **place, **tensors)
     clean = family.latents(pipe, raw)
+    call = begun(name, call, noising_of(pipe, family, STEPS, call), clean, hidden[0])
     pipe.transformer.forward = answers(noising_of(pipe, family, STEPS, call), family.velocity, clean, hidden[0])
     with pytest.raises(Decoding) as caught:
         pipe(**call, num_inference_steps=STEPS, output_type="pt", generator=torch.Generator().manual_seed(1))
@@ -226,7 +243,7 @@ def test_a_lora_trains_and_loads(name: str, tmp_path: Path) -> None:
         adapter.save(pipe, tmp_path)
     with torch.no_grad():
         tuned = velocity(pipe, family, pipe.transformer, point, call)
-        (pipe.unload_lora_weights if hasattr(pipe, "unload_lora_weights") else pipe.transformer.unload_lora)()
+        adapter.unload(pipe)
         plain = velocity(pipe, family, pipe.transformer, point, call)
         with adapter.loaded(pipe, tmp_path):
             torch.testing.assert_close(velocity(pipe, family, pipe.transformer, point, call), tuned)
@@ -242,8 +259,8 @@ def test_documented_arguments_of_encode_prompt_exist() -> None:
 
 
 def test_other_pipelines_are_refused() -> None:
-    with pytest.raises(TrainingError, match=r"AllegroPipeline cannot be trained here; .*HunyuanVideoPipeline"):
-        family_of(tiny_pipeline("Allegro"))
+    with pytest.raises(TrainingError, match=r"Flux2Pipeline cannot be trained here; .*HunyuanVideoPipeline"):
+        family_of(tiny_pipeline("FLUX.2"))
     pipe = tiny_pipeline("CogVideoX")
     with pytest.raises(TrainingError, match="CogVideoXDDIMScheduler with prediction_type='epsilon' is no diffusion"):
         noising_of(pipe, family_of(pipe), STEPS, {})
@@ -278,3 +295,32 @@ def test_one_level_for_all_tokens_is_one_level() -> None:
         given["timestep"] = given["timestep"].expand(1, 3 * 4 * 4)
         theirs = pipe.transformer(**given, encoder_hidden_states=text, return_dict=False)[0]
     torch.testing.assert_close(ours, theirs)
+
+
+def test_allegros_own_scheduler_goes_the_same_way() -> None:
+    """It scales its samples down to those that the transformer is trained on."""
+    pipe, call = pipe_and_call("Allegro")
+    pipe.scheduler = EulerAncestralDiscreteScheduler()
+    noising = noising_of(pipe, family_of(pipe), STEPS, call)
+    pipe.scheduler.set_timesteps(STEPS)
+    clean, noise = torch.randn(2, 1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for number, level in enumerate(noising.levels):
+        pipe.scheduler.set_begin_index(number)
+        pipe.scheduler._step_index = None
+        noised = clean + pipe.scheduler.sigmas[number] * noise
+        theirs = pipe.scheduler.scale_model_input(noised, pipe.scheduler.timesteps[number])
+        of_clean, of_noise = noising.mix(level)
+        torch.testing.assert_close(theirs, of_clean * clean + of_noise * noise, atol=1e-4, rtol=1e-4)
+
+
+def test_what_allegros_tiles_do_not_cover_is_refused() -> None:
+    pipe, _ = pipe_and_call("Allegro")
+    unfit = family_of(pipe).unfit
+    pipe.vae = Part(use_tiling=True, kernel=(24, 320, 320), stride=(16, 200, 240))
+    call = {"num_frames": 88, "height": 720, "width": 1280}
+    assert unfit(pipe, call) is None
+    assert "num_frames = 81; the nearest are 72 and 88" in str(unfit(pipe, {**call, "num_frames": 81}))
+    assert "height = 300; the nearest are 320" in str(unfit(pipe, {**call, "height": 300}))
+    pipe.vae.use_tiling = False
+    with pytest.raises(TrainingError, match=r"AllegroPipeline cannot be trained: .*; call pipe.vae.enable_tiling"):
+        family_of(pipe)

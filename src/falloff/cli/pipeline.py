@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from falloff.cli.checkpoint import Checkpoint
+from falloff.cli.checkpoint import IN_TILES, Checkpoint
 from falloff.cli.errors import CommandError, told
 
 
@@ -47,7 +47,14 @@ def load(checkpoint: Checkpoint, family: Any = None) -> Any:
     dtypes = {"default": dtype, "vae": torch.float32}
     broken = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
     with told(*broken, before=f"cannot load {checkpoint.source}: "):
-        return (family or DiffusionPipeline).from_pretrained(checkpoint.source, dtype=dtypes).to(device)
+        pipe = (family or DiffusionPipeline).from_pretrained(checkpoint.source, dtype=dtypes).to(device)
+    if type(getattr(pipe, "vae", None)).__name__ == IN_TILES:
+        pipe.vae.enable_tiling()
+    return pipe
+
+
+COUNT_LATENT_FRAMES = ("AllegroPipeline",)
+"""Pipelines whose transformer tells its own number of frames in those of the latents."""
 
 
 def size(pipe: Any, call: Mapping[str, Any], name: str) -> int | None:
@@ -57,7 +64,9 @@ def size(pipe: Any, call: Mapping[str, Any], name: str) -> int | None:
 
     if not generate.takes(pipe, name):
         return None
-    scale = 1 if name == "num_frames" else getattr(pipe, "vae_scale_factor_spatial", 1)
+    of_latents = name != "num_frames" or type(pipe).__name__ in COUNT_LATENT_FRAMES
+    axis = "temporal" if name == "num_frames" else "spatial"
+    scale = getattr(pipe, f"vae_scale_factor_{axis}", 1) if of_latents else 1
     sample = pipe.transformer.config.get(f"sample_{name.removeprefix('num_')}") or 0
     found = call.get(name) or generate.default(pipe, name) or scale * sample
     return found if isinstance(found, int) and found else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from falloff.hosts import host_for
 from falloff.recipe import Recipe, RecipeError
+from falloff.training import injected
 from falloff.training.errors import TrainingError
 from falloff.training.length import riflex
 from falloff.training.noising import FIRST, SECOND
@@ -26,7 +27,7 @@ WEIGHTS, SECOND_WEIGHTS, RECIPE = (
 diffusers loads from a file of its own alone, and the recipe."""
 FILES = {FIRST: WEIGHTS, SECOND: SECOND_WEIGHTS}
 LOADS, LOADS_ITSELF = "load_lora_weights", "load_lora_adapter"
-"""What pipelines that load a LoRA have, and what transformers have whose pipeline may do without."""
+"""How pipelines load a LoRA, and how transformers do whose pipeline does not; some can neither."""
 
 
 def projections(model: nn.Module) -> list[str]:
@@ -56,7 +57,8 @@ def adapted(model: Any, rank: int, seed: int) -> Iterator[dict[str, nn.Parameter
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections(model)), NAME)
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=projections(model))
+            model.add_adapter(config, NAME) if hasattr(model, "add_adapter") else injected.add(model, config, NAME)
         trained = {name: p for name, p in model.named_parameters() if f".{NAME}." in name}
         for parameter in trained.values():
             parameter.data = parameter.data.float()
@@ -90,9 +92,21 @@ def _take_off(model: Any) -> None:
     """Our LoRA; with the last of them the layers are the model's own again."""
     adapters = getattr(model, "peft_config", {})
     if set(adapters) == {NAME}:
-        model.unload_lora()
+        _unload(model)
     elif NAME in adapters:
         model.delete_adapters(NAME)
+
+
+def _unload(model: Any) -> None:
+    model.unload_lora() if hasattr(model, "unload_lora") else injected.remove(model)
+
+
+def unload(pipe: Any) -> None:
+    """Take every LoRA off a pipeline."""
+    if hasattr(pipe, LOADS):
+        pipe.unload_lora_weights()
+    else:
+        _unload(pipe.transformer)
 
 
 def save(pipe: Any, folder: Path) -> None:
@@ -131,7 +145,7 @@ def loaded(pipe: Any, source: str | Path) -> Iterator[None]:
 
     Raises ``TrainingError`` for what is no LoRA, or the LoRA of another model.
     """
-    if not any(hasattr(part, name) for part, name in ((pipe, LOADS), (getattr(pipe, FIRST, None), LOADS_ITSELF))):
+    if not hasattr(pipe, LOADS) and not hasattr(pipe, FIRST):
         raise TrainingError(f"{type(pipe).__name__} loads no LoRA")
     files = _files(Path(source))
     for expert, file in files.items():
@@ -141,16 +155,19 @@ def loaded(pipe: Any, source: str | Path) -> Iterator[None]:
     with ExitStack() as left:
         for expert, file in files.items():
             _load(pipe, expert, file)
-            left.callback(pipe.unload_lora_weights if hasattr(pipe, LOADS) else pipe.transformer.unload_lora)
+            left.callback(unload, pipe)
         _move(pipe, file.parent / RECIPE, left)
         yield
 
 
 def _load(pipe: Any, expert: str, file: Path) -> None:
     second = {} if expert == FIRST else {f"load_into_{expert}": True}
-    load = pipe.load_lora_weights if hasattr(pipe, LOADS) else pipe.transformer.load_lora_adapter
+    loader = getattr(pipe, LOADS, None) or getattr(pipe.transformer, LOADS_ITSELF, None)
     try:
-        load(str(file.parent), weight_name=file.name, adapter_name=NAME, **second)
+        if loader is None:
+            injected.load(pipe.transformer, file, f"{FIRST}.", NAME)
+        else:
+            loader(str(file.parent), weight_name=file.name, adapter_name=NAME, **second)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:  # its converters raise whatever they meet
         raise TrainingError(f"diffusers cannot load {file} into {type(pipe).__name__}: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
@@ -43,8 +43,9 @@ class Family:
     towards the clip. timetable: what the pipeline gives its scheduler for a number of steps. image: what the pipeline
     makes of the picture that a video of this call begins with, where it takes one. given: how many latent frames it
     takes from that picture, and does not denoise. boundary: the noise level below which a second transformer is at
-    work, or 0. diffuses: whether the family is trained by diffusion rather than flow matching. refuse: why a pipeline
-    of the family cannot be trained, if it cannot.
+    work, or 0. diffuses: for a family that is trained by diffusion rather than flow matching, what its transformer puts
+    out, as schedulers name it. refuse: why a pipeline of the family cannot be trained, if it cannot. unfit: why videos
+    of the size of a call cannot be trained on.
     """
 
     pipelines: tuple[str, ...]
@@ -57,8 +58,9 @@ class Family:
     image: Callable[[Any, Image, Call], Text] | None = None
     given: Callable[[Any], int] = lambda pipe: 0
     boundary: Callable[[Any], float] = lambda pipe: 0.0
-    diffuses: bool = False
+    diffuses: Literal["v_prediction", "epsilon"] | None = None
     refuse: Callable[[Any], str | None] = lambda pipe: None
+    unfit: Callable[[Any, Call], str | None] = lambda pipe, call: None
 
 
 def normalised(latents: Tensor, config: Any, scale: float = 1.0) -> Tensor:

@@ -224,6 +224,8 @@ def open_studio(
     family = family_of(pipe)
     size = {"num_frames": lesson.size.frames, "height": lesson.size.height, "width": lesson.size.width}
     call = {**call, **size}
+    if (reason := family.unfit(pipe, call)) is not None:
+        raise TrainingError(f"{type(pipe).__name__} cannot be trained on this size: {reason}")
     noising = noising_of(pipe, family, generate.steps(pipe, call), call)
     clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
     lessons, exams = _split(len(clips), lesson.validation, seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from falloff.training.errors import TrainingError
+from falloff.training.families.allegro import ALLEGRO
 from falloff.training.families.cogvideox import COGVIDEOX, COGVIDEOX_IMAGE
 from falloff.training.families.hunyuan_video import HUNYUAN_VIDEO
 from falloff.training.families.hunyuan_video15 import HUNYUAN_VIDEO_15
@@ -30,6 +31,7 @@ FAMILIES = (
     COGVIDEOX,
     COGVIDEOX_IMAGE,
     KANDINSKY,
+    ALLEGRO,
 )
 
 

@@ -41,7 +41,7 @@ COGVIDEOX = Family(
     latents=_cogvideox_latents,
     text=_cogvideox_text,
     inputs=_cogvideox_inputs,
-    diffuses=True,
+    diffuses="v_prediction",
 )
 
 
