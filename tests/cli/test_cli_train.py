@@ -151,6 +151,30 @@ def test_a_model_tells_its_size_where_the_pipeline_does_not(falloff, clips: Path
         assert told in recipe
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # between a scheduler of diffusers and numpy
+def test_a_model_whose_autoencoder_works_in_tiles(falloff, tmp_path: Path) -> None:
+    from further_pipes import allegro
+    from tiny_clips import write_clip
+
+    allegro().save_pretrained(tmp_path / "model")
+    (tmp_path / "clips").mkdir()
+    for number in range(2):
+        write_clip(tmp_path / "clips" / f"{number}.mp4", frames=24)
+        (tmp_path / "clips" / f"{number}.txt").write_text("a fox")
+    model = ("--model", tmp_path / "model")
+    train = ("train", "lora", tmp_path / "clips", *model, *METHOD, "--rank", 4, "--steps", 1, "--validation", 1)
+    lora, steps = ("--output", tmp_path / "lora"), ("--inference-steps", 2, "--samples", 0)
+    done = falloff(*train, *steps, *lora)
+    assert done.code == 0, done.err
+    assert "frames: 24" in (tmp_path / "lora" / "recipe.yaml").read_text()
+    way = ("--lora", tmp_path / "lora", "--method", tmp_path / "lora" / "recipe.yaml", "--steps", 1)
+    done = falloff("generate", "a fox", *model, *way, "--output", tmp_path / "fox.mp4")
+    assert done.code == 0, done.err
+    done = falloff(*train, *steps, "--frames", 28, "--output", tmp_path / "other")
+    assert done.code == 1, done.out
+    assert "do not cover num_frames = 28; the nearest are 24 and 40" in done.err
+
+
 def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: Path) -> None:
     done = falloff(
         *("train", "sparse", clips, "--model", checkpoint, "--set", "density=0.5", "--set", "q_block=4"),

@@ -62,10 +62,18 @@ def hunyuan_video15() -> HunyuanVideo15Pipeline:
 
 
 def allegro() -> AllegroPipeline:
+    """For clips of 8 frames of 32 x 32; one that was saved and loaded, of 24 frames of 136 x 136."""
     words = pipeline()
     torch.manual_seed(0)
     transformer = AllegroTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, num_layers=2, cross_attention_dim=48, caption_channels=16
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        cross_attention_dim=48,
+        caption_channels=16,
+        sample_frames=6,
+        sample_height=34,
+        sample_width=34,
     )
     vae = AutoencoderKLAllegro(
         down_block_types=("AllegroDownBlock3D",) * 3,
@@ -75,6 +83,7 @@ def allegro() -> AllegroPipeline:
         temporal_upsample_blocks=(False, True, True),
         layers_per_block=1,
         norm_num_groups=2,
+        sample_size=136,
     )
     vae.kernel, vae.stride = (8, 32, 32), (4, 16, 16)
     vae.enable_tiling()
