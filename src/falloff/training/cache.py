@@ -127,7 +127,10 @@ def _fingerprint(model: nn.Module) -> list[str]:
 def _encoded(pipe: Any, family: Family, video: Tensor, caption: str, call: Mapping[str, Any]) -> dict[str, Tensor]:
     vae = pipe.vae
     latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
-    image = {} if family.image is None else family.image(pipe, picture(video), call)
+    image = {}
+    if family.image is not None:
+        call = {**call, "image": picture(video)}
+        image = family.image(pipe, call["image"], call)
     return {
         "latents": family.latents(pipe, latents),
         "size": torch.tensor(latents.shape[2:]),

@@ -38,14 +38,15 @@ class Family:
     """``temporal``: video frames of one latent frame.
 
     latents: from the autoencoder's [1, C, F, H, W], as the pipeline denoises them, any shape that begins with 1. text:
-    of a caption. inputs: arguments of the transformer's forward but the text's, for noised latents, the noise level [1]
-    and the clip that they are of. velocity: +1 when the transformer puts out the velocity towards noise, -1 for that
-    towards the clip. timetable: what the pipeline gives its scheduler for a number of steps. image: what the pipeline
-    makes of the picture that a video of this call begins with, where it takes one. given: how many latent frames it
-    takes from that picture, and does not denoise. boundary: the noise level below which a second transformer is at
-    work, or 0. diffuses: for a family that is trained by diffusion rather than flow matching, what its transformer puts
-    out, as schedulers name it. refuse: why a pipeline of the family cannot be trained, if it cannot. unfit: why videos
-    of the size of a call cannot be trained on.
+    of a caption and, where a video begins with it, the picture in the call's ``image``. inputs: arguments of the
+    transformer's forward but the text's, for noised latents, the noise level [1] and the clip that they are of.
+    velocity: +1 when the transformer puts out the velocity towards noise, -1 for that towards the clip. timetable: what
+    the pipeline gives its scheduler for a number of steps. image: what the pipeline makes of the picture that a video
+    of this call begins with, where it takes one. given: how many latent frames it takes from that picture, and does not
+    denoise. boundary: the noise level below which a second transformer is at work, or 0. diffuses: for a family that is
+    trained by diffusion rather than flow matching, what its transformer puts out, as schedulers name it. refuse: why a
+    pipeline of the family cannot be trained, if it cannot. unfit: why videos of the size of a call cannot be trained
+    on.
     """
 
     pipelines: tuple[str, ...]

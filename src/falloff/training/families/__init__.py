@@ -12,7 +12,7 @@ from typing import Any
 from falloff.training.errors import TrainingError
 from falloff.training.families.allegro import ALLEGRO
 from falloff.training.families.cogvideox import COGVIDEOX, COGVIDEOX_IMAGE
-from falloff.training.families.hunyuan_video import HUNYUAN_VIDEO
+from falloff.training.families.hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_IMAGE
 from falloff.training.families.hunyuan_video15 import HUNYUAN_VIDEO_15
 from falloff.training.families.kandinsky5 import KANDINSKY
 from falloff.training.families.ltx import LTX, LTX_IMAGE
@@ -24,6 +24,7 @@ FAMILIES = (
     WAN,
     WAN_IMAGE,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_IMAGE,
     HUNYUAN_VIDEO_15,
     MOCHI,
     LTX,
