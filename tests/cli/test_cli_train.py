@@ -175,6 +175,40 @@ def test_a_model_whose_autoencoder_works_in_tiles(falloff, tmp_path: Path) -> No
     assert "do not cover num_frames = 28; the nearest are 24 and 40" in done.err
 
 
+def test_a_model_of_pictures_is_trained_on_pictures(falloff, tmp_path: Path) -> None:
+    from further_pipes import flux
+
+    flux().save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 48), (90 * number, 90, 30)).save(tmp_path / "pictures" / f"{number}.jpg")
+        (tmp_path / "pictures" / f"{number}.txt").write_text("a fox")
+    model, small = ("--model", tmp_path / "model"), ("--height", 64, "--width", 64)
+    train = (
+        "train",
+        "lora",
+        tmp_path / "pictures",
+        *model,
+        "--method",
+        "sparge",
+        "--set",
+        "q_block=4",
+        "--rank",
+        4,
+    )
+    course = ("--steps", 1, "--validation", 1, "--samples", 1, "--inference-steps", 2)
+    done = falloff(*train, *course, *small, "--output", tmp_path / "lora")
+    assert done.code == 0, done.err
+    told = " ".join(done.out.split())
+    assert f"--method {tmp_path / 'lora' / 'recipe.yaml'} --height 64 --width 64 --model" in told
+    assert "frames: 1" in (tmp_path / "lora" / "recipe.yaml").read_text()
+    with Image.open(tmp_path / "lora" / "samples" / "step-000001-0.png") as sample:
+        assert sample.size == (64, 64)
+    way = ("--lora", tmp_path / "lora", "--method", tmp_path / "lora" / "recipe.yaml", "--steps", 1)
+    done = falloff("generate", "a fox", *model, *small, *way, "--output", tmp_path / "fox.mp4")
+    assert done.code == 0, done.err
+
+
 def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: Path) -> None:
     done = falloff(
         *("train", "sparse", clips, "--model", checkpoint, "--set", "density=0.5", "--set", "q_block=4"),

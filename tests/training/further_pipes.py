@@ -8,15 +8,29 @@ import torch
 from diffusers import (
     AllegroPipeline,
     AllegroTransformer3DModel,
+    AutoencoderKL,
     AutoencoderKLAllegro,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLQwenImage,
     ClassifierFreeGuidance,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
 )
-from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    T5Config,
+    T5EncoderModel,
+)
 from worded import pipeline
 
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -92,9 +106,89 @@ def allegro() -> AllegroPipeline:
     return _quiet(AllegroPipeline(**parts, transformer=transformer.eval(), vae=vae.eval()))
 
 
+def flux() -> FluxPipeline:
+    """With distilled guidance, as FLUX.1 dev."""
+    words = pipeline()
+    words.tokenizer.model_max_length = 8
+    torch.manual_seed(0)
+    clip = CLIPTextConfig(
+        vocab_size=8,
+        hidden_size=12,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=1,
+        eos_token_id=3,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=12,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=True,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        norm_num_groups=2,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    made = FluxPipeline(
+        tokenizer=words.tokenizer,
+        text_encoder=CLIPTextModel(clip).eval(),
+        tokenizer_2=words.tokenizer,
+        text_encoder_2=words.text_encoder,
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+    return _quiet(made)
+
+
+def qwen_image() -> QwenImagePipeline:
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.0, 2.0, 1.5],
+    )
+    made = QwenImagePipeline(
+        tokenizer=pipeline().tokenizer,
+        text_encoder=_qwen(),
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
+    )
+    made.prompt_template_encode, made.prompt_template_encode_start_idx = "a fox {}", 1
+    return _quiet(made)
+
+
 def _qwen() -> Qwen2_5_VLTextModel:
     config = Qwen2_5_VLTextConfig(
         vocab_size=8,
+        bos_token_id=None,
+        eos_token_id=None,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=3,

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
@@ -43,6 +48,8 @@ NAMES = (
     "CogVideoX 1.5",
     "Kandinsky 5",
     "Allegro",
+    "FLUX.1",
+    "QwenImage",
 )
 DIFFUSION = CogVideoXDDIMScheduler(
     prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0
@@ -50,6 +57,12 @@ DIFFUSION = CogVideoXDDIMScheduler(
 """As the checkpoints of CogVideoX have it."""
 OF_NOISE = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
 """The table of Allegro's, which draws noise at every step."""
+
+
+SIZED = FlowMatchEulerDiscreteScheduler(
+    use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+)
+"""As the checkpoints of Qwen-Image have it, and but for the last two those of FLUX.1 dev."""
 
 
 def pipe_and_call(name: str) -> tuple[Any, dict[str, Any]]:
@@ -63,6 +76,11 @@ def pipe_and_call(name: str) -> tuple[Any, dict[str, Any]]:
     pipe = tiny_pipeline(name)
     if name.startswith("CogVideoX"):
         pipe.scheduler = copy.deepcopy(DIFFUSION)
+    if name in PICTURES:
+        pipe.scheduler = copy.deepcopy(SIZED)
+    if name == "FLUX.1":
+        config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+        pipe.transformer = type(pipe.transformer)(**{**config, "guidance_embeds": True}).eval()
     if name == "Allegro":
         pipe.scheduler = copy.deepcopy(OF_NOISE)
         pipe.vae = Part(use_tiling=True)
@@ -99,6 +117,8 @@ def recorded(name: str) -> tuple[Any, dict[str, Any], list[dict[str, Any]], list
     return pipe, call, given, [each["hidden_states"][:, : LATENT_CHANNELS.get(name)] for each in given]
 
 
+IDLE = ("return_dict", "joint_attention_kwargs", "attention_kwargs")
+"""What a pipeline hands on and no family has to."""
 LATENT_CHANNELS = {"HunyuanVideo 1.5": 2}
 """Where more of them, for a picture, come after those of the latents."""
 
@@ -123,6 +143,8 @@ def latent_size(name: str, pipe: Any, hidden: Tensor, call: dict[str, Any]) -> t
         return hidden.shape[1], *hidden.shape[3:]
     if name == "Kandinsky 5":
         return tuple(hidden.shape[1:4])
+    if name in PICTURES:
+        return 1, *(call[side] // pipe.vae_scale_factor for side in ("height", "width"))
     if name != "LTX":
         return tuple(hidden.shape[2:])
     spatial = pipe.vae_spatial_compression_ratio
@@ -142,7 +164,7 @@ def test_arguments_and_levels_are_those_of_the_pipeline(name: str) -> None:
     sample = Sample(hidden[0], size, text)
     for level, noised, theirs in zip(noising.levels, hidden, given, strict=True):
         ours = {**family.inputs(pipe, noised, torch.tensor([level]), sample, call), **text}
-        expected = {key: value for key, value in theirs.items() if value is not None and key != "return_dict"}
+        expected = {key: value for key, value in theirs.items() if key not in IDLE and value is not None}
         assert set(ours) == set(expected)
         for key, value in ours.items():
             if isinstance(value, Tensor | tuple | list) and key != "rope_interpolation_scale":
@@ -181,8 +203,11 @@ def test_the_velocity_leads_the_pipeline_to_the_clean_latent(name: str) -> None:
     torch.testing.assert_close(velocity(pipe, family, pipe.transformer, point, call), point.target)
 
 
-CHANNELS = {"LTX": 2, "CogVideoX": 2, "CogVideoX 1.5": 2, "Kandinsky 5": 4}
+CHANNELS = {"LTX": 2, "CogVideoX": 2, "CogVideoX 1.5": 2, "Kandinsky 5": 4, "FLUX.1": 2, "QwenImage": 2}
 """Where the channels are, where they do not come first."""
+
+
+PICTURES = ("FLUX.1", "QwenImage")
 
 
 class Decoding(Exception):
@@ -191,7 +216,7 @@ class Decoding(Exception):
 
 def statistics(name: str, channels: int) -> dict[str, Any]:
     """Mochi's pipeline reads statistics for 12 channels only, which the tiny one has not."""
-    if name not in ("Wan", "SkyReels-V2", "LTX"):
+    if name not in ("Wan", "SkyReels-V2", "LTX", "QwenImage"):
         return {"latents_mean": None, "latents_std": None}
     mean, std = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
     return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
@@ -204,14 +229,14 @@ def test_the_pipeline_decodes_what_was_encoded(name: str) -> None:
     family = family_of(pipe)
     frames, *rest = latent_size(name, pipe, hidden[0], call)
     size = frames - (name == "CogVideoX 1.5"), *rest  # which has two frames to a patch, and the first one twice
-    channels = hidden[0].shape[CHANNELS.get(name, 1)]
+    channels = hidden[0].shape[CHANNELS.get(name, 1)] // (4 if name in PICTURES else 1)
     raw = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(3))
 
     def decode(latents: Tensor, *args: Any, **kwargs: Any) -> None:
         raise Decoding(latents)
 
     known = statistics(name, channels)
-    config = FrozenDict(scaling_factor=0.7, timestep_conditioning=False, z_dim=channels, **known)
+    config = FrozenDict(scaling_factor=0.7, shift_factor=0.3, timestep_conditioning=False, z_dim=channels, **known)
     tensors = {key: torch.tensor(value) for key, value in known.items() if value is not None}
     place = {"dtype": torch.float32, "device": torch.device("cpu"), "modules": lambda: iter(())}
     pipe.vae = Part(config=config, decode=decode, **place, **tensors)
@@ -220,7 +245,8 @@ def test_the_pipeline_decodes_what_was_encoded(name: str) -> None:
     pipe.transformer.forward = answers(noising_of(pipe, family, STEPS, call), family.velocity, clean, hidden[0])
     with pytest.raises(Decoding) as caught:
         pipe(**call, num_inference_steps=STEPS, output_type="pt", generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(caught.value.args[0], raw, atol=1e-3, rtol=1e-3)
+    decoded = caught.value.args[0]
+    torch.testing.assert_close(decoded, raw[:, :, 0] if name == "FLUX.1" else raw, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,43 +7,64 @@ from typing import Any
 
 import pytest
 import torch
-from further_pipes import allegro, hunyuan_video15
+from further_pipes import allegro, flux, hunyuan_video15, qwen_image
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 import falloff
 from falloff import Schedule
-from falloff.training import Course, Lora, Size, train_lora
+from falloff.training import Course, Lora, Size, TrainingError, train_lora
 from falloff.training.adapter import RECIPE, WEIGHTS, loaded
+from falloff.training.families import family_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # between a scheduler and numpy
 CALL = {"num_inference_steps": 2}
-PIPES: dict[str, Callable[[], Any]] = {"HunyuanVideo 1.5": hunyuan_video15, "Allegro": allegro}
-FRAMES = {"Allegro": 8}
+PIPES: dict[str, Callable[[], Any]] = {
+    "HunyuanVideo 1.5": hunyuan_video15,
+    "Allegro": allegro,
+    "FLUX.1": flux,
+    "QwenImage": qwen_image,
+}
+FRAMES = {"Allegro": 8, "FLUX.1": 1, "QwenImage": 1}
+HALF = falloff.SpargeAttn(q_block=4, kv_block=4)
 
 
 def size(name: str) -> Size:
-    return Size(frames=FRAMES.get(name, 9), height=32, width=32)
+    frames = FRAMES.get(name, 9)
+    return Size(frames=frames, height=64 if frames == 1 else 32, width=64 if frames == 1 else 32)
 
 
 def latents(pipe: Any, size: Size) -> Tensor:
-    call = {**CALL, "num_frames": size.frames, "height": size.height, "width": size.width}
-    made: Tensor = pipe("a fox", generator=torch.Generator().manual_seed(0), output_type="latent", **call).frames
+    call = {**CALL, **({"num_frames": size.frames} if size.frames > 1 else {})}
+    noise = torch.Generator().manual_seed(0)
+    out = pipe("a fox", generator=noise, output_type="latent", height=size.height, width=size.width, **call)
+    made: Tensor = out.frames if size.frames > 1 else out.images
     return made
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five of 48 x 64, captions beside them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(5):
+        Image.new("RGB", (48, 64), (200, 40 * number, 30)).save(folder / f"{number}.{'jpg' if number % 2 else 'png'}")
+        (folder / f"{number}.txt").write_text("a fox" if number % 2 else "a")
+    return folder
+
+
 @pytest.mark.parametrize("name", PIPES)
-def test_a_lora_learns_and_is_loaded(name: str, clips: Path, tmp_path: Path) -> None:
+def test_a_lora_learns_and_is_loaded(name: str, clips: Path, pictures: Path, tmp_path: Path) -> None:
     pipe, own = PIPES[name](), size(name)
     lora = Lora(size=own, trained_frames=own.frames, rank=4, validation=2, samples=1)
     course = Course(steps=8, rate=0.02, warmup=0, check_every=8)
     schedule = Schedule(dense_first=0, dense_layers=())
-    method = falloff.Radial(block=4)
-    train_lora(pipe, clips, tmp_path, method, lora, course, schedule=schedule, call=CALL)
+    method, data = (HALF, pictures) if own.frames == 1 else (falloff.Radial(block=4), clips)
+    train_lora(pipe, data, tmp_path, method, lora, course, schedule=schedule, call=CALL)
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     before, after = (entry["validation"] for entry in entries if "validation" in entry)
     assert after < before
-    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
+    assert len(list((tmp_path / "samples").glob("*.png" if own.frames == 1 else "*.mp4"))) == 2
     fresh = PIPES[name]()
     recipe = falloff.Recipe.load(tmp_path / RECIPE)
     with falloff.using(pipe, recipe), falloff.using(fresh, recipe):
@@ -64,3 +85,24 @@ def test_where_the_pipeline_loads_no_lora_its_transformer_does(clips: Path, tmp_
     fresh = hunyuan_video15()
     fresh.transformer.load_lora_adapter(str(tmp_path), weight_name=WEIGHTS)
     assert torch.equal(latents(fresh, own), latents(pipe, own))
+
+
+@pytest.mark.parametrize(
+    "own, told",
+    [
+        (Size(frames=5, height=64, width=64), "FluxPipeline makes pictures, and 5 frames are asked for; give 1"),
+        (Size(frames=1, height=72, width=64), "height = 72 and width = 64 have to be multiples of 16"),
+    ],
+)
+def test_sizes_that_are_no_pictures_are_refused(pictures: Path, tmp_path: Path, own: Size, told: str) -> None:
+    lora = Lora(size=own, trained_frames=1, rank=4, validation=0, samples=0)
+    with pytest.raises(TrainingError, match=told):
+        train_lora(flux(), pictures, tmp_path / "out", HALF, lora, Course(steps=1), call=CALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_distilled_guidance_of_an_unknown_scale_is_refused() -> None:
+    pipe = qwen_image()
+    pipe.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(TrainingError, match="QwenImagePipeline cannot be trained: its guidance is distilled"):
+        family_of(pipe)

@@ -59,7 +59,8 @@ COUNT_LATENT_FRAMES = ("AllegroPipeline",)
 
 def size(pipe: Any, call: Mapping[str, Any], name: str) -> int | None:
     """``num_frames``, ``height`` or ``width`` of a pipeline call: as asked, by the default of the pipeline or, as
-    CogVideoX has them, of its transformer; ``None`` where the pipeline finds it otherwise."""
+    CogVideoX has them, of its transformer, or as a pipeline of pictures has them, its own; ``None`` where the pipeline
+    finds it otherwise."""
     from falloff.evaluation import generate
 
     if not generate.takes(pipe, name):
@@ -68,7 +69,8 @@ def size(pipe: Any, call: Mapping[str, Any], name: str) -> int | None:
     axis = "temporal" if name == "num_frames" else "spatial"
     scale = getattr(pipe, f"vae_scale_factor_{axis}", 1) if of_latents else 1
     sample = pipe.transformer.config.get(f"sample_{name.removeprefix('num_')}") or 0
-    found = call.get(name) or generate.default(pipe, name) or scale * sample
+    own = 0 if name == "num_frames" else getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 1)
+    found = call.get(name) or generate.default(pipe, name) or scale * sample or own
     return found if isinstance(found, int) and found else None
 
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from falloff.methods.base import Method
     from falloff.schedule import Schedule
 
-Videos = Annotated[Path, typer.Argument(help="Folder of videos with a .txt beside each, or a .jsonl, or .tar shards.")]
+Videos = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of videos, or pictures for a model of those, with a .txt beside each, or a .jsonl, or .tar shards."
+    ),
+]
 Method_ = Annotated[
     str, typer.Option("--method", help="How attention is computed, one of 'falloff methods', or a recipe's .yaml file.")
 ]
@@ -138,7 +143,10 @@ def _shown(progress: Steps) -> Callable[[str, int, int], None]:
 
 def options_of(bench: Bench, model: str | None) -> str:
     """What another command is to be given for videos of the same size by the same model."""
-    sizes = {name: value for name, value in bench.size.items() if name == "frames" or value != bench.usual[name]}
+    from falloff.evaluation import generate
+
+    always = {"frames"} if generate.takes(bench.pipe, "num_frames") else set()
+    sizes = {name: value for name, value in bench.size.items() if name in always or value != bench.usual[name]}
     given = {**sizes, **({"model": model} if model else {})}
     return " ".join(f"--{name} {value}" for name, value in given.items())
 
@@ -151,12 +159,15 @@ def precision_of(text: str | None) -> Any:
 
 
 def _size(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
-    """Frames, height and width of a pipeline call."""
+    """Frames, height and width of a pipeline call; a picture is one frame, unless more are asked for."""
     from falloff.cli import pipeline
+    from falloff.evaluation import generate
 
     found = {}
     for name, label in (("num_frames", "frames"), ("height", "height"), ("width", "width")):
         value = pipeline.size(pipe, call, name)
+        if name == "num_frames" and not generate.takes(pipe, name):
+            value = call.get(name, 1)
         if value is None:
             raise CommandError(f"{type(pipe).__name__} has no size of its own; give --{label}", USAGE)
         found[label] = value

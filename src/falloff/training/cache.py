@@ -126,7 +126,7 @@ def _fingerprint(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def _encoded(pipe: Any, family: Family, video: Tensor, caption: str, call: Mapping[str, Any]) -> dict[str, Tensor]:
     vae = pipe.vae
-    latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
+    latents = family.encode(vae, video.to(vae.device, vae.dtype))
     image = {}
     if family.image is not None:
         call = {**call, "image": picture(video)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -37,20 +38,21 @@ class Sample:
 class Family:
     """``temporal``: video frames of one latent frame.
 
-    latents: from the autoencoder's [1, C, F, H, W], as the pipeline denoises them, any shape that begins with 1. text:
-    of a caption and, where a video begins with it, the picture in the call's ``image``. inputs: arguments of the
-    transformer's forward but the text's, for noised latents, the noise level [1] and the clip that they are of.
-    velocity: +1 when the transformer puts out the velocity towards noise, -1 for that towards the clip. timetable: what
-    the pipeline gives its scheduler for a number of steps. image: what the pipeline makes of the picture that a video
-    of this call begins with, where it takes one. given: how many latent frames it takes from that picture, and does not
-    denoise. boundary: the noise level below which a second transformer is at work, or 0. diffuses: for a family that is
-    trained by diffusion rather than flow matching, what its transformer puts out, as schedulers name it. refuse: why a
-    pipeline of the family cannot be trained, if it cannot. unfit: why videos of the size of a call cannot be trained
-    on.
+    encode: a video [1, 3, F, H, W] in -1 to 1 by the autoencoder, whose latents are [1, C, F, H, W]. latents: from
+    these, as the pipeline denoises them, any shape that begins with 1. text: of a caption and, where a video begins
+    with it, the picture in the call's ``image``. inputs: arguments of the transformer's forward but the text's, for
+    noised latents, the noise level [1] and the clip that they are of. velocity: +1 when the transformer puts out the
+    velocity towards noise, -1 for that towards the clip. timetable: what the pipeline gives its scheduler for a number
+    of steps. image: what the pipeline makes of the picture that a video of this call begins with, where it takes one.
+    given: how many latent frames it takes from that picture, and does not denoise. boundary: the noise level below
+    which a second transformer is at work, or 0. diffuses: for a family that is trained by diffusion rather than flow
+    matching, what its transformer puts out, as schedulers name it. refuse: why a pipeline of the family cannot be
+    trained, if it cannot. unfit: why videos of the size of a call cannot be trained on.
     """
 
     pipelines: tuple[str, ...]
     temporal: Callable[[Any], int]
+    encode: Callable[[Any, Tensor], Tensor] = lambda vae, video: vae.encode(video).latent_dist.mode()
     latents: Callable[[Any, Tensor], Tensor]
     text: Callable[[Any, str, Call], Text]
     inputs: Callable[[Any, Tensor, Tensor, Sample, Call], dict[str, Any]]
@@ -73,3 +75,12 @@ def normalised(latents: Tensor, config: Any, scale: float = 1.0) -> Tensor:
         for values in (config["latents_mean"], config["latents_std"])
     )
     return (latents - mean) / std * scale
+
+
+def shifted_by_size(scheduler: Any, tokens: int, steps: int) -> dict[str, Any]:
+    """What a pipeline gives a scheduler that shifts its levels more for more tokens, along a line between two sizes."""
+    config = scheduler.config
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = least + (most - least) * (tokens - few) / (many - few)
+    return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": mu}

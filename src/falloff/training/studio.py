@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
+from PIL import Image
 from torch import Tensor, nn
 
 from falloff import api
@@ -145,7 +146,7 @@ class Studio:
         return {"validation": float(means.mean()), **{f"validation {expert}": mean for expert, mean in own.items()}}
 
     def make_samples(self, step: int) -> None:
-        """Videos of captions kept out, written by the main process."""
+        """Videos or pictures of captions kept out, written by the main process."""
         if not self.accelerator.is_main_process:
             return
         for number, index in enumerate(self.exams[: self.lesson.samples]):
@@ -155,7 +156,11 @@ class Studio:
                 call["image"] = picture(read_frames(clip, 1, self.lesson.size.height, self.lesson.size.width))
             with _moved(self.pipe, self.accelerator.device, back=torch.device("cpu")):
                 made = generate.generate(self.pipe, clip.caption, seed=self.seed, call_arguments=call)
-            video.write(self.output / SAMPLES / f"step-{step:06d}-{number}.mp4", made.frames_FHWC, self.fps)
+            file = self.output / SAMPLES / f"step-{step:06d}-{number}"
+            if generate.takes(self.pipe, "num_frames"):
+                video.write(file.with_suffix(".mp4"), made.frames_FHWC, self.fps)
+            else:
+                Image.fromarray(made.frames_FHWC[0]).save(file.with_suffix(".png"))
 
     def grid_frames(self, frames: int) -> int:
         """Frames of the transformer's grid for a number of video frames."""
@@ -222,8 +227,7 @@ def open_studio(
     Raises ``TrainingError`` with all that does not fit, and leaves nothing behind then but what is in the cache.
     """
     family = family_of(pipe)
-    size = {"num_frames": lesson.size.frames, "height": lesson.size.height, "width": lesson.size.width}
-    call = {**call, **size}
+    call = _sized(pipe, call, lesson.size)
     if (reason := family.unfit(pipe, call)) is not None:
         raise TrainingError(f"{type(pipe).__name__} cannot be trained on this size: {reason}")
     noising = noising_of(pipe, family, generate.steps(pipe, call), call)
@@ -260,6 +264,18 @@ def open_studio(
         fps=fps,
         progress=progress,
     )
+
+
+def _sized(pipe: Any, call: Mapping[str, Any], size: Size) -> dict[str, Any]:
+    """The call for a size; of frames only where the pipeline counts them. Raises ``TrainingError`` where it makes
+    pictures and is to be trained on more than one frame."""
+    sized = {**call, "num_frames": size.frames, "height": size.height, "width": size.width}
+    if generate.takes(pipe, "num_frames"):
+        return sized
+    if size.frames != 1:
+        raise TrainingError(f"{type(pipe).__name__} makes pictures, and {size.frames} frames are asked for; give 1")
+    del sized["num_frames"]
+    return sized
 
 
 def _accelerator(output: Path) -> Accelerator:

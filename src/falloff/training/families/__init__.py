@@ -17,6 +17,7 @@ from falloff.training.families.hunyuan_video15 import HUNYUAN_VIDEO_15
 from falloff.training.families.kandinsky5 import KANDINSKY
 from falloff.training.families.ltx import LTX, LTX_IMAGE
 from falloff.training.families.mochi import MOCHI
+from falloff.training.families.pictures import FLUX, QWEN_IMAGE
 from falloff.training.families.wan import WAN, WAN_IMAGE
 from falloff.training.family import Family
 
@@ -33,6 +34,8 @@ FAMILIES = (
     COGVIDEOX_IMAGE,
     KANDINSKY,
     ALLEGRO,
+    FLUX,
+    QWEN_IMAGE,
 )
 
 

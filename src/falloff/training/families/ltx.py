@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from falloff.training.family import Call, Family, Sample, Text
+from falloff.training.family import Call, Family, Sample, Text, shifted_by_size
 
 
 def _ltx_text(pipe: Any, caption: str, call: Call) -> Text:
@@ -43,14 +42,10 @@ def _ltx_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: 
 
 
 def _ltx_timetable(pipe: Any, steps: int, call: Call) -> dict[str, Any]:
-    """Levels are shifted more for more tokens, along a line between two sizes."""
-    config, spatial = pipe.scheduler.config, pipe.vae_spatial_compression_ratio
     frames = (call["num_frames"] - 1) // pipe.vae_temporal_compression_ratio + 1
+    spatial = pipe.vae_spatial_compression_ratio
     tokens = frames * (call["height"] // spatial) * (call["width"] // spatial)
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = least + (most - least) * (tokens - few) / (many - few)
-    return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": mu}
+    return shifted_by_size(pipe.scheduler, tokens, steps)
 
 
 LTX = Family(
