@@ -88,7 +88,7 @@ def test_where_the_pipeline_loads_no_lora_its_transformer_does(clips: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    "own, told",
+    ("own", "told"),
     [
         (Size(frames=5, height=64, width=64), "FluxPipeline makes pictures, and 5 frames are asked for; give 1"),
         (Size(frames=1, height=72, width=64), "height = 72 and width = 64 have to be multiples of 16"),
