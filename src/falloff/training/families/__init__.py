@@ -17,7 +17,7 @@ from falloff.training.families.hunyuan_video15 import HUNYUAN_VIDEO_15
 from falloff.training.families.kandinsky5 import KANDINSKY
 from falloff.training.families.ltx import LTX, LTX_IMAGE
 from falloff.training.families.mochi import MOCHI
-from falloff.training.families.pictures import FLUX, QWEN_IMAGE
+from falloff.training.families.pictures import FLUX, FLUX2, QWEN_IMAGE
 from falloff.training.families.wan import WAN, WAN_IMAGE
 from falloff.training.family import Family
 
@@ -35,6 +35,7 @@ FAMILIES = (
     KANDINSKY,
     ALLEGRO,
     FLUX,
+    FLUX2,
     QWEN_IMAGE,
 )
 

@@ -1,4 +1,4 @@
-"""FLUX.1 and Qwen-Image from text: a picture is a clip of one frame, whose latents are packed in twos by twos."""
+"""FLUX.1, FLUX.2 and Qwen-Image from text: a picture is a clip of one frame, whose latents are packed two by two."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ def _packed(pipe: Any, latents: Tensor) -> Tensor:
     return packed
 
 
-def _timetable(pipe: Any, steps: int, call: Call) -> dict[str, Any]:
+def _tokens(pipe: Any, call: Call) -> int:
     step = 2 * pipe.vae_scale_factor
-    return shifted_by_size(pipe.scheduler, (call["height"] // step) * (call["width"] // step), steps)
+    tokens: int = (call["height"] // step) * (call["width"] // step)
+    return tokens
+
+
+def _timetable(pipe: Any, steps: int, call: Call) -> dict[str, Any]:
+    return shifted_by_size(pipe.scheduler, _tokens(pipe, call), steps)
 
 
 def _unfit(pipe: Any, call: Call) -> str | None:
@@ -60,6 +65,48 @@ FLUX = Family(
     inputs=_flux_inputs,
     timetable=_timetable,
     unfit=_unfit,
+)
+
+
+def _flux2_latents(pipe: Any, latents: Tensor) -> Tensor:
+    """Packed first, and normalised then by the statistics of a batch norm."""
+    vae, patched = pipe.vae, pipe._patchify_latents(latents[:, :, 0])
+    mean, variance = (x.to(patched).view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
+    packed: Tensor = pipe._pack_latents((patched - mean) / (variance + vae.config.batch_norm_eps).sqrt())
+    return packed
+
+
+def _flux2_text(pipe: Any, caption: str, call: Call) -> Text:
+    """Of several layers of a language model, which are the pipeline's own choice unless the call's."""
+    asked = {name: call[name] for name in ("max_sequence_length", "text_encoder_out_layers") if name in call}
+    embeds, ids = pipe.encode_prompt(caption, **asked)
+    return {"encoder_hidden_states": embeds, "txt_ids": ids}
+
+
+def _flux2_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: Call) -> dict[str, Any]:
+    """The guidance only where it was distilled into the model, which klein has not."""
+    _, height, width = sample.size
+    places = pipe._prepare_latent_ids(noised.new_empty(1, 1, height // 2, width // 2)).to(noised.device)
+    inputs = {"hidden_states": noised, "timestep": level, "img_ids": places}
+    if pipe.transformer.config.guidance_embeds:
+        inputs["guidance"] = torch.full_like(level, call.get("guidance_scale", 4.0))
+    return inputs
+
+
+def _flux2_timetable(pipe: Any, steps: int, call: Call) -> dict[str, Any]:
+    """Shifted for the number of steps besides that of tokens."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return {**_timetable(pipe, steps, call), "mu": compute_empirical_mu(_tokens(pipe, call), steps)}
+
+
+FLUX2 = replace(
+    FLUX,
+    pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+    latents=_flux2_latents,
+    text=_flux2_text,
+    inputs=_flux2_inputs,
+    timetable=_flux2_timetable,
 )
 
 
