@@ -209,6 +209,20 @@ def test_a_model_of_pictures_is_trained_on_pictures(falloff, tmp_path: Path) -> 
     assert done.code == 0, done.err
 
 
+def test_sizes_that_pipelines_do_not_tell() -> None:
+    from further_pipes import flux, hunyuan_video15
+
+    from falloff.cli.errors import CommandError
+    from falloff.cli.train_options import size_of, usual_size
+
+    pipe = hunyuan_video15()
+    assert usual_size(pipe, {}) == {"frames": 121, "height": 0, "width": 0}
+    assert size_of(pipe, {"height": 480, "width": 832}) == {"frames": 121, "height": 480, "width": 832}
+    with pytest.raises(CommandError, match="HunyuanVideo15Pipeline has no size of its own; give --width"):
+        size_of(pipe, {"height": 480})
+    assert size_of(flux(), {"height": 512}) == {"frames": 1, "height": 512, "width": 1024}
+
+
 def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: Path) -> None:
     done = falloff(
         *("train", "sparse", clips, "--model", checkpoint, "--set", "density=0.5", "--set", "q_block=4"),

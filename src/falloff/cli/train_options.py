@@ -57,9 +57,14 @@ CacheFolder = Annotated[
 Output = Annotated[Path, typer.Option(help="Folder for what is trained; a training there is gone on with.")]
 
 
+ARGUMENTS = {"frames": "num_frames", "height": "height", "width": "width"}
+"""What a pipeline calls the parts of a size."""
+
+
 @dataclass(frozen=True)
 class Bench:
-    """A loaded pipeline and what it is to be trained for. ``size``, ``usual``: of the videos, asked for and default."""
+    """A loaded pipeline and what it is to be trained for. ``size``, ``usual``: of the videos, asked for and default,
+    where 0 is what the pipeline has no default for."""
 
     pipe: Any
     method: Method
@@ -109,7 +114,7 @@ def bench(
             if isinstance(way, Recipe):
                 api.check_recipe(pipe, way)
                 way = way.method
-            size, usual = _size(pipe, call), _size(pipe, checkpoint.defaults)
+            size, usual = size_of(pipe, call), usual_size(pipe, checkpoint.defaults)
             yield Bench(pipe, way, chosen.schedule, call, size, usual, checkpoint.fps, _shown(progress))
 
 
@@ -145,9 +150,12 @@ def options_of(bench: Bench, model: str | None) -> str:
     """What another command is to be given for videos of the same size by the same model."""
     from falloff.evaluation import generate
 
-    always = {"frames"} if generate.takes(bench.pipe, "num_frames") else set()
-    sizes = {name: value for name, value in bench.size.items() if name in always or value != bench.usual[name]}
-    given = {**sizes, **({"model": model} if model else {})}
+    told = {
+        name: value
+        for name, value in bench.size.items()
+        if generate.takes(bench.pipe, ARGUMENTS[name]) and (name == "frames" or value != bench.usual[name])
+    }
+    given = {**told, **({"model": model} if model else {})}
     return " ".join(f"--{name} {value}" for name, value in given.items())
 
 
@@ -158,17 +166,21 @@ def precision_of(text: str | None) -> Any:
     return text or ("bf16" if torch.cuda.is_available() else "no")
 
 
-def _size(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
-    """Frames, height and width of a pipeline call; a picture is one frame, unless more are asked for."""
+def size_of(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
+    """Frames, height and width of a pipeline call. Raises ``CommandError`` for one that neither tells."""
+    found = usual_size(pipe, call)
+    for label, value in found.items():
+        if not value:
+            raise CommandError(f"{type(pipe).__name__} has no size of its own; give --{label}", USAGE)
+    return found
+
+
+def usual_size(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
+    """Frames, height and width of a pipeline call, or 0; a picture is one frame, unless more are asked for."""
     from falloff.cli import pipeline
     from falloff.evaluation import generate
 
-    found = {}
-    for name, label in (("num_frames", "frames"), ("height", "height"), ("width", "width")):
-        value = pipeline.size(pipe, call, name)
-        if name == "num_frames" and not generate.takes(pipe, name):
-            value = call.get(name, 1)
-        if value is None:
-            raise CommandError(f"{type(pipe).__name__} has no size of its own; give --{label}", USAGE)
-        found[label] = value
+    found = {label: pipeline.size(pipe, call, name) or call.get(name, 0) for label, name in ARGUMENTS.items()}
+    if not generate.takes(pipe, "num_frames"):
+        found["frames"] = call.get("num_frames", 1)
     return found
