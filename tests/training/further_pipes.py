@@ -17,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     QwenImagePipeline,
@@ -28,6 +29,9 @@ from transformers import (
     CLIPTextModel,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
 )
@@ -36,7 +40,7 @@ from worded import pipeline
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
-def hunyuan_video15() -> HunyuanVideo15Pipeline:
+def hunyuan_video15(*, image: bool = False) -> Any:
     tokenizer = pipeline().tokenizer
     tokenizer.chat_template = CHAT
     torch.manual_seed(0)
@@ -52,8 +56,9 @@ def hunyuan_video15() -> HunyuanVideo15Pipeline:
         text_embed_2_dim=12,
         image_embed_dim=8,
         rope_axes_dim=(4, 4, 4),
+        target_size=32,
     )
-    made = HunyuanVideo15Pipeline(
+    made = (HunyuanVideo15ImageToVideoPipeline if image else HunyuanVideo15Pipeline)(
         tokenizer=tokenizer,
         text_encoder=_qwen(),
         tokenizer_2=ByT5Tokenizer(),
@@ -69,6 +74,7 @@ def hunyuan_video15() -> HunyuanVideo15Pipeline:
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=ClassifierFreeGuidance(guidance_scale=2.0),
+        **(_siglip() if image else {}),
     )
     made.system_message, made.prompt_template_encode_start_idx = "a fox", 2
     made.tokenizer_max_length, made.tokenizer_2_max_length = 6, 8
@@ -182,6 +188,16 @@ def qwen_image() -> QwenImagePipeline:
     )
     made.prompt_template_encode, made.prompt_template_encode_start_idx = "a fox {}", 1
     return _quiet(made)
+
+
+def _siglip() -> dict[str, Any]:
+    config = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return {
+        "image_encoder": SiglipVisionModel(config).eval(),
+        "feature_extractor": SiglipImageProcessor(size={"height": 8, "width": 8}),
+    }
 
 
 def _qwen() -> Qwen2_5_VLTextModel:

@@ -15,7 +15,8 @@ from worded_pipes import IMAGES, image_to_video
 
 import falloff
 from falloff import Schedule
-from falloff.training import Course, Lora, Size, train_lora
+from falloff.evaluation import generate
+from falloff.training import Course, Lora, Size, TrainingError, adapter, train_lora
 from falloff.training.adapter import SECOND_WEIGHTS, WEIGHTS
 from falloff.training.cache import picture, prepare
 from falloff.training.data import read_frames, usable
@@ -47,6 +48,11 @@ def transformers(pipe: Any) -> list[Any]:
     return [model for model in found if model is not None]
 
 
+def taken(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """Of a call, what this pipeline has arguments for."""
+    return {name: value for name, value in call.items() if generate.takes(pipe, name)}
+
+
 def run(pipe: Any, image: Any) -> tuple[list[dict[str, Any]], Tensor]:
     """What a pipeline gives to its transformers, step by step, and its latents at the end."""
     given: list[dict[str, Any]] = []
@@ -54,7 +60,9 @@ def run(pipe: Any, image: Any) -> tuple[list[dict[str, Any]], Tensor]:
         model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
         for model in transformers(pipe)
     ]
-    call = {**CALL, "num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "latent"}
+    call = taken(pipe, {**CALL, "num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "latent"})
+    if hasattr(pipe, "guider"):
+        pipe.guider.guidance_scale = 1.0
     out = pipe(prompt="a fox", image=image, generator=torch.Generator().manual_seed(0), **call).frames
     for handle in handles:
         handle.remove()
@@ -136,6 +144,16 @@ def test_without_a_caption_a_text_encoder_sees_black(kind: str) -> None:
     assert not torch.equal(seen[:, -1:], given[0][:, -1:])
 
 
+def test_a_size_that_the_pipeline_does_not_keep_is_refused() -> None:
+    pipe = image_to_video("HunyuanVideo 1.5")
+    unfit = family_of(pipe).unfit
+    assert unfit(pipe, CALL) is None
+    assert "height = 32 and width = 48 it makes a video of " in str(unfit(pipe, {**CALL, "width": 48}))
+    pipe.transformer.register_to_config(use_meanflow=True)
+    with pytest.raises(TrainingError, match="HunyuanVideo15ImageToVideoPipeline cannot be trained: its steps were dis"):
+        family_of(pipe)
+
+
 def losses(folder: Path) -> list[float]:
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [entry.get("loss", entry.get("validation")) for entry in entries]
@@ -155,9 +173,9 @@ def test_a_lora_is_trained_and_goes_on_bit_for_bit(pipe: Any, clips: Path, tmp_p
         settings = {"schedule": Schedule(dense_first=0, dense_layers=()), "call": call, "cache": tmp_path / "cache"}
         train_lora(pipe, clips, tmp_path / name, falloff.Radial(block=4), lora, course, **settings, **more)
 
-    call = {"num_inference_steps": 2, "max_sequence_length": 8, "guidance_scale": 2.0}
+    call = taken(pipe, {"num_inference_steps": 2, "max_sequence_length": 8, "guidance_scale": 2.0})
     tune("whole")
-    pipe.unload_lora_weights()
+    adapter.unload(pipe)
     with pytest.raises(Stopped):
         tune("cut", progress=stop)
     tune("cut")

@@ -31,6 +31,8 @@ from falloff.training.noising import Noising, noising_of
 from falloff.training.objective import Point, point_at, validation_points, velocity
 
 SAMPLES = "samples"
+SIZE = ("num_frames", "height", "width")
+"""What pipeline calls name the parts of a size."""
 PATIENCE = timedelta(days=1)
 """How long processes wait for one another: a sample is a whole video, made by one while all others wait."""
 ALIKE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -152,6 +154,9 @@ class Studio:
         for number, index in enumerate(self.exams[: self.lesson.samples]):
             self.progress("making samples", 0, 0)
             clip, call = self.clips[index], dict(self.call)
+            for name in SIZE:  # which some take from the picture, or make one frame alone
+                if not generate.takes(self.pipe, name):
+                    del call[name]
             if self.family.image is not None:
                 call["image"] = picture(read_frames(clip, 1, self.lesson.size.height, self.lesson.size.width))
             with _moved(self.pipe, self.accelerator.device, back=torch.device("cpu")):
@@ -267,15 +272,11 @@ def open_studio(
 
 
 def _sized(pipe: Any, call: Mapping[str, Any], size: Size) -> dict[str, Any]:
-    """The call for a size; of frames only where the pipeline counts them. Raises ``TrainingError`` where it makes
-    pictures and is to be trained on more than one frame."""
-    sized = {**call, "num_frames": size.frames, "height": size.height, "width": size.width}
-    if generate.takes(pipe, "num_frames"):
-        return sized
-    if size.frames != 1:
+    """The call for a size. Raises ``TrainingError`` where the pipeline makes pictures and is to be trained on more than
+    one frame."""
+    if size.frames != 1 and not generate.takes(pipe, "num_frames"):
         raise TrainingError(f"{type(pipe).__name__} makes pictures, and {size.frames} frames are asked for; give 1")
-    del sized["num_frames"]
-    return sized
+    return {**call, **dict(zip(SIZE, (size.frames, size.height, size.width), strict=True))}
 
 
 def _accelerator(output: Path) -> Accelerator:

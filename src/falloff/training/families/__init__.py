@@ -13,7 +13,7 @@ from falloff.training.errors import TrainingError
 from falloff.training.families.allegro import ALLEGRO
 from falloff.training.families.cogvideox import COGVIDEOX, COGVIDEOX_IMAGE
 from falloff.training.families.hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_IMAGE
-from falloff.training.families.hunyuan_video15 import HUNYUAN_VIDEO_15
+from falloff.training.families.hunyuan_video15 import HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_IMAGE
 from falloff.training.families.kandinsky5 import KANDINSKY
 from falloff.training.families.ltx import LTX, LTX_IMAGE
 from falloff.training.families.mochi import MOCHI
@@ -27,6 +27,7 @@ FAMILIES = (
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_IMAGE,
     HUNYUAN_VIDEO_15,
+    HUNYUAN_VIDEO_15_IMAGE,
     MOCHI,
     LTX,
     LTX_IMAGE,
