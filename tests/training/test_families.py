@@ -300,8 +300,8 @@ def test_documented_arguments_of_encode_prompt_exist() -> None:
 
 
 def test_other_pipelines_are_refused() -> None:
-    with pytest.raises(TrainingError, match=r"LTX2Pipeline cannot be trained here; .*HunyuanVideoPipeline"):
-        family_of(tiny_pipeline("LTX-2"))
+    with pytest.raises(TrainingError, match=r"WanVACEPipeline cannot be trained here; .*HunyuanVideoPipeline"):
+        family_of(tiny_pipeline("Wan VACE"))
     pipe = tiny_pipeline("CogVideoX")
     with pytest.raises(TrainingError, match="CogVideoXDDIMScheduler with prediction_type='epsilon' is no diffusion"):
         noising_of(pipe, family_of(pipe), STEPS, {})

@@ -77,10 +77,15 @@ def normalised(latents: Tensor, config: Any, scale: float = 1.0) -> Tensor:
     return (latents - mean) / std * scale
 
 
-def shifted_by_size(scheduler: Any, tokens: int, steps: int) -> dict[str, Any]:
-    """What a pipeline gives a scheduler that shifts its levels more for more tokens, along a line between two sizes."""
+def shifted_by_size(
+    scheduler: Any, tokens: int, steps: int, *, few: int = 256, least: float = 0.5, most: float = 1.15
+) -> dict[str, Any]:
+    """What a pipeline gives a scheduler that shifts its levels more for more tokens, along a line between two sizes.
+
+    few, least, most: where the line begins, and the shifts at its ends, unless the scheduler has its own.
+    """
     config = scheduler.config
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    few, many = config.get("base_image_seq_len", few), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", least), config.get("max_shift", most)
     mu = least + (most - least) * (tokens - few) / (many - few)
     return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": mu}

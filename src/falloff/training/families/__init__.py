@@ -16,6 +16,7 @@ from falloff.training.families.hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO
 from falloff.training.families.hunyuan_video15 import HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_IMAGE
 from falloff.training.families.kandinsky5 import KANDINSKY
 from falloff.training.families.ltx import LTX, LTX_IMAGE
+from falloff.training.families.ltx2 import LTX2
 from falloff.training.families.mochi import MOCHI
 from falloff.training.families.pictures import FLUX, FLUX2, QWEN_IMAGE
 from falloff.training.families.wan import WAN, WAN_IMAGE
@@ -31,6 +32,7 @@ FAMILIES = (
     MOCHI,
     LTX,
     LTX_IMAGE,
+    LTX2,
     COGVIDEOX,
     COGVIDEOX_IMAGE,
     KANDINSKY,

@@ -41,11 +41,16 @@ def _ltx_inputs(pipe: Any, noised: Tensor, level: Tensor, sample: Sample, call: 
     }
 
 
-def _ltx_timetable(pipe: Any, steps: int, call: Call) -> dict[str, Any]:
-    frames = (call["num_frames"] - 1) // pipe.vae_temporal_compression_ratio + 1
+def tokens_of(pipe: Any, call: Call) -> int:
+    """How many tokens the video of a call has."""
+    frames: int = (call["num_frames"] - 1) // pipe.vae_temporal_compression_ratio + 1
     spatial = pipe.vae_spatial_compression_ratio
-    tokens = frames * (call["height"] // spatial) * (call["width"] // spatial)
-    return shifted_by_size(pipe.scheduler, tokens, steps)
+    area: int = (call["height"] // spatial) * (call["width"] // spatial)
+    return frames * area
+
+
+def _ltx_timetable(pipe: Any, steps: int, call: Call) -> dict[str, Any]:
+    return shifted_by_size(pipe.scheduler, tokens_of(pipe, call), steps)
 
 
 LTX = Family(
