@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from further_pipes import allegro, flux, hunyuan_video15, qwen_image
+from peft import LoraConfig
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import falloff
 from falloff import Schedule
-from falloff.training import Course, Lora, Size, TrainingError, train_lora
+from falloff.training import Course, Lora, Size, TrainingError, adapter, injected, train_lora
 from falloff.training.adapter import RECIPE, WEIGHTS, loaded
 from falloff.training.families import family_of
 
@@ -106,3 +107,41 @@ def test_distilled_guidance_of_an_unknown_scale_is_refused() -> None:
     pipe.transformer.register_to_config(guidance_embeds=True)
     with pytest.raises(TrainingError, match="QwenImagePipeline cannot be trained: its guidance is distilled"):
         family_of(pipe)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """By names that do not tell of LoRA around a layer."""
+    return {name.replace(".base_layer", ""): value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two LoRAs are what is meant
+@pytest.mark.filterwarnings("ignore:Adapter falloff was active")  # and that one of them is left
+@pytest.mark.parametrize("others", [[], ["style"]])
+def test_an_error_takes_off_what_diffusers_cannot(others: list[str]) -> None:
+    """The LoRA of ours alone, of a transformer that knows nothing of LoRA."""
+    model = allegro().transformer
+    for name in others:
+        injected.add(model, LoraConfig(r=2, target_modules=["to_q"]), name)
+    before = weights(model)
+    seen: list[set[str]] = []
+
+    def stop() -> None:
+        seen.append(set(model.peft_config))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), adapter.adapted(model, 2, 0):
+        stop()
+    assert seen == [{*others, adapter.NAME}]
+    assert list(getattr(model, "peft_config", {})) == others
+    after = weights(model)
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_file_with_nothing_for_the_transformer_is_refused(tmp_path: Path) -> None:
+    save_file({"text_encoder.lora_A.weight": torch.zeros(2, 2)}, tmp_path / WEIGHTS)
+    with (
+        pytest.raises(TrainingError, match=r"cannot load .* AllegroPipeline: .*no layer of it is named transf"),
+        loaded(allegro(), tmp_path),
+    ):
+        pass

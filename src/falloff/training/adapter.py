@@ -94,7 +94,7 @@ def _take_off(model: Any) -> None:
     if set(adapters) == {NAME}:
         _unload(model)
     elif NAME in adapters:
-        model.delete_adapters(NAME)
+        model.delete_adapters(NAME) if hasattr(model, "delete_adapters") else injected.delete(model, NAME)
 
 
 def _unload(model: Any) -> None:

@@ -29,6 +29,14 @@ def load(model: Any, file: Path, prefix: str, name: str) -> None:
     set_peft_model_state_dict(model, _on(state, model), name)
 
 
+def delete(model: Any, name: str) -> None:
+    """One LoRA of several."""
+    from diffusers.utils.peft_utils import delete_adapter_layers
+
+    delete_adapter_layers(model, name)
+    model.peft_config.pop(name, None)
+
+
 def remove(model: Any) -> None:
     """All LoRA, so that the layers are the model's own again."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
