@@ -106,6 +106,7 @@ def train_lora(
             check=check,
             on_step=lambda now: progress(f"training, loss {now.loss:.4f}", now.step, course.steps),
             half=lora.precision == "bf16",
+            share=studio.share,
         )
         return _written(studio, lora, course, frames)
 
