@@ -55,10 +55,10 @@ def test_shared_out_a_model_is_trained_as_if_every_process_had_all_of_it(
     for file in files:
         ours, theirs = load_file(shared / file), load_file(whole / file)
         assert ours.keys() == theirs.keys()
-        for key, tensor in theirs.items():
-            torch.testing.assert_close(ours[key], tensor, atol=1e-6, rtol=1e-4)
+        for key, tensor in theirs.items():  # of two experts, processes take other samples than without
+            torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-6 if name == "experts" else 0)
     for ours, theirs in zip(entries(shared), entries(whole), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == (pytest.approx(theirs, rel=1e-5) if name == "experts" else theirs)
     assert (shared / RECIPE).read_text().replace("/shared/", "/whole/") == (whole / RECIPE).read_text()
 
 
@@ -102,7 +102,7 @@ def test_gradients_of_every_family_pass_through_shared_layers(folder: Path, fami
         ("FSDP_OFFLOAD_PARAMS", "leave --fsdp_offload_params out"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "give falloff's own --checkpointing in place"),
         ("full", "all weights are to be trained, and what processes share out .* stays frozen"),
-        ("unlike", "processes hold other weights of text_encoder than the first"),
+        ("unlike", "processes hold other weights of text_encoder and transformer than the first"),
         ("quantized", r"proj_out\.weight of this WanTransformer3DModel is a Parameter of torch\.int8"),
     ],
 )
