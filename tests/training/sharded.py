@@ -9,6 +9,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from falloff.training import Course, Lora, Size, Sparse, TrainingError, sharding
 WORLD = 2
 SIZE = Size(frames=9, height=32, width=32)
 LORA = Lora(size=SIZE, trained_frames=5, rank=4, validation=3, samples=1, rope="riflex")
-COURSE = Course(steps=4, batch=2, rate=0.05, warmup=0, save_every=2, check_every=4, ema=0.9)
+COURSE = Course(steps=4, batch=2, rate=0.05, warmup=0, save_every=1, check_every=4, ema=0.9)
 CALL = {"num_inference_steps": 3, "max_sequence_length": 8, "guidance_scale": 2.0}
 SCHEDULE = Schedule(dense_first=1, dense_layers=())
 SLA = falloff.SLA(density=0.4, q_block=4, kv_block=4)
@@ -92,26 +93,30 @@ TRAININGS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def shares(pipe: Any, clips: Path, output: Path) -> dict[str, Any]:
-    """Train, stop, and go on: what a process holds of the model meanwhile, and whether anything holds all of it."""
+def shares(clips: Path, output: Path) -> dict[str, Any]:
+    """Train and stop, go on with all of the model, stop, and go on with a share: what a process holds of the model in
+    the end, and whether anything holds all of it."""
+    pipe = worded()
     weight = weakref.ref(pipe.transformer.blocks[0].ffn.net[2].weight)
     whole = sum(p.numel() for p in pipe.transformer.parameters())
-    noted: dict[str, Any] = {}
+    until(2, worded(), clips, output)
+    os.environ[sharding.ASK] = "false"
+    until(3, worded(), clips, output)
+    os.environ[sharding.ASK] = "true"
+    lora(pipe, clips, output)
+    gc.collect()
+    own = [p for name, p in pipe.transformer.named_parameters() if "lora" not in name]
+    again = refused(lambda: lora(pipe, clips, output))
+    return {"share": sum(p.to_local().numel() for p in own) / whole, "freed": weight() is None, "again": again}
 
-    def watch(doing: str, done: int, total: int) -> None:
-        if doing.startswith("training") and done == 3:
-            gc.collect()
-            own = [p for name, p in pipe.transformer.named_parameters() if "lora" not in name]
-            noted.update(share=sum(p.to_local().numel() for p in own) / whole, freed=weight() is None)
+
+def until(step: int, pipe: Any, clips: Path, output: Path) -> None:
+    def stop(doing: str, done: int, total: int) -> None:
+        if doing.startswith("training") and done == step:
             raise Stopped
 
-    try:
-        lora(pipe, clips, output, progress=watch)
-    except Stopped:
-        noted["stopped"] = True
-    noted["again"] = refused(lambda: lora(pipe, clips, output))
-    lora(worded(), clips, output)
-    return noted
+    with suppress(Stopped):
+        lora(pipe, clips, output, progress=stop)
 
 
 def gradients(name: str) -> float:
@@ -174,7 +179,7 @@ def work(rank: int, port: int, clips: str, folder: str) -> None:
         os.environ[sharding.ASK] = flag
         for name, training in TRAININGS.items():
             training(Path(clips), Path(folder, kind, name))
-    noted["shares"] = shares(worded(), Path(clips), Path(folder, "shared", "cut"))
+    noted["shares"] = shares(Path(clips), Path(folder, "shared", "cut"))
     noted["gradients"] = {name: gradients(name) for name in TRAINED}
     noted["refusals"] = refusals(Path(clips), Path(folder, "refused"))
     Path(folder, f"{rank}.json").write_text(json.dumps(noted))
