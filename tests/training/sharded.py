@@ -178,6 +178,7 @@ def work(rank: int, port: int, clips: str, folder: str) -> None:
     for kind, flag in (("whole", "false"), ("shared", "true")):
         os.environ[sharding.ASK] = flag
         for name, training in TRAININGS.items():
+            os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(name != "velocity")
             training(Path(clips), Path(folder, kind, name))
     noted["shares"] = shares(Path(clips), Path(folder, "shared", "cut"))
     noted["gradients"] = {name: gradients(name) for name in TRAINED}

@@ -139,7 +139,7 @@ def chance(seed: int, sample: int) -> torch.Generator:
 
 
 def evenly(accelerator: Accelerator, items: Sequence[Item]) -> list[tuple[Item, bool]]:
-    """Of some work every so manieth item, each of which counts."""
+    """Of some work every so manieth item for this process; each counts, see ``Share``."""
     return [(item, True) for item in items[accelerator.process_index :: accelerator.num_processes]]
 
 

@@ -114,8 +114,7 @@ class Studio:
 
     def share(self, numbers: Sequence[int], *, planned: bool = False) -> list[tuple[int, bool]]:
         """Of the samples of a step those that this process takes, and whether each counts; ``planned`` as above."""
-        levels = [self._drawn(loop.chance(self.seed, number), planned)[1] for number in numbers]
-        return self._own(numbers, levels)
+        return self._own(numbers, lambda number: self._drawn(loop.chance(self.seed, number), planned)[1])
 
     def _drawn(self, generator: torch.Generator, planned: bool) -> tuple[bool, float]:
         """Whether a sample has its caption, and its noise level."""
@@ -125,12 +124,11 @@ class Studio:
             level = self.noising.draw(generator)
         return captioned, level
 
-    def _own(self, items: Sequence[loop.Item], levels: Sequence[float]) -> list[tuple[loop.Item, bool]]:
-        """This process's part of work at these noise levels, and whether each item counts: see ``sharding.in_step``."""
+    def _own(self, items: Sequence[loop.Item], level: Callable[[loop.Item], float]) -> list[tuple[loop.Item, bool]]:
+        """This process's part of some work, each item at a noise level; and whether it counts, see ``sharding``."""
         if not self.sharded:
             return loop.evenly(self.accelerator, items)
-        models = [self.noising.expert(level) for level in levels]
-        return sharding.in_step(self.accelerator, items, models)
+        return sharding.in_step(self.accelerator, items, [self.noising.expert(level(item)) for item in items])
 
     def _stays_dense(self, level: float) -> bool:
         at = self.noising.position(level)
@@ -155,7 +153,7 @@ class Studio:
         points = validation_points([self.cache.sample(index, device) for index in self.exams], self.noising, self.seed)
         if not points:
             return {}
-        mine, experts = self._own(points, [point.level for point in points]), list(self.noising.ranges)
+        mine, experts = self._own(points, lambda point: point.level), list(self.noising.ranges)
         losses = torch.zeros(len(experts), device=device)
         for done, (point, counts) in enumerate(mine, 1):
             value = loss(point)
