@@ -49,7 +49,7 @@ def check(accelerator: Accelerator) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     plugin = _plugin(accelerator)
-    version = getattr(plugin, "fsdp_version", 1)  # Accelerate before 1.5 knows no other
+    version = getattr(plugin, "fsdp_version", 1)  # Accelerate before 1.6 knows no other
     faults = {
         f"FSDP {version} is not served; add --fsdp_version 2": version != 2,
         f"FSDP 2 is served from PyTorch {TORCH} on, and this is {torch.__version__}": not is_torch_version(">=", TORCH),
