@@ -49,6 +49,8 @@ from falloff.training.adapter import loaded
 TURNS = 2
 FITTED = 0.25
 """Share of the steps of a way with branches that is its first stage."""
+FITTING_RATE = 1e-2
+"""Of that stage: what it fits are small layers that begin at zero, and no weight of the model is touched."""
 CLIPS = 24
 """To tune on and to validate with."""
 CALL = call_arguments(miniature.path())
@@ -223,7 +225,8 @@ def sparse(work: Path, steps: int, frames: int, prompts: int, rate: float, rank:
     def tune(name: str, course: Course) -> None:
         count = fitted.get(name, 0)
         if count:
-            stage(name, first(name), first_stage, replace(course, steps=min(count, course.steps)), None)
+            fitting = replace(course, steps=min(count, course.steps), rate=FITTING_RATE)
+            stage(name, first(name), first_stage, fitting, None)
         if course.steps > count:
             second = replace(course, steps=course.steps - count)
             stage(name, work / name, common, second, first(name) if count else None)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         using,
     )
     from falloff.evaluation.compare import compare
-    from falloff.evaluation.tune import Goal, tune
+    from falloff.evaluation.tried import Goal
+    from falloff.evaluation.tune import tune
     from falloff.geometry import Grid, Sequence
     from falloff.hosts.backend import register_diffusers_backend
     from falloff.hosts.sdpa import sdpa
@@ -111,7 +112,8 @@ _HOME = {
         "using",
     ),
     "falloff.evaluation.compare": ("compare",),
-    "falloff.evaluation.tune": ("Goal", "tune"),
+    "falloff.evaluation.tried": ("Goal",),
+    "falloff.evaluation.tune": ("tune",),
     "falloff.geometry": ("Grid", "Sequence"),
     "falloff.hosts.backend": ("register_diffusers_backend",),
     "falloff.hosts.sdpa": ("sdpa",),

@@ -20,7 +20,8 @@ from falloff.evaluation.allocate import allocate
 from falloff.evaluation.candidates import Candidate
 from falloff.evaluation.recall import Recall, Recalls
 from falloff.evaluation.refine import Looks, dial_values, finer
-from falloff.evaluation.tune import Goal, tune
+from falloff.evaluation.tried import Goal
+from falloff.evaluation.tune import tune
 from falloff.evaluation.windows import WindowObserver, to_search
 from falloff.methods import METHODS, Call, State
 from falloff.methods.base import Choices, Span

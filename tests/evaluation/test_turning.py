@@ -12,6 +12,8 @@ import falloff
 from falloff.evaluation import study as studies
 from falloff.evaluation import tune as tuning
 from falloff.evaluation.candidates import Candidate, Space
+from falloff.evaluation.study import Judgement
+from falloff.evaluation.tried import Goal
 from falloff.evaluation.turning import CLOSE, TURNS, Dial, dials, ends_of_dials, next_turn
 from falloff.methods.base import Span
 
@@ -75,22 +77,22 @@ class Judge:
 
     space = Space([falloff.Contour], range(4))
     kinds = (falloff.Contour,)
-    goal = tuning.Goal("recall", 0.1)
+    goal = Goal("recall", 0.1)
 
     def __init__(self) -> None:
         self.asked: list[float] = []
 
     def turns(self, trials: Sequence[Any]) -> list[dict[str, Any]]:
-        judged = [(trial.params, trial.user_attrs[studies.FIDELITY]) for trial in trials]
+        judged = [(trial.params, studies.judgement(trial).fidelity) for trial in trials]
         point = next_turn(RISING, self.space.defaults(falloff.Contour), judged, self.goal.target)
         return [] if point is None else [point]
 
     def at_once(self) -> int:
         return 1
 
-    def judge(self, candidates: list[Candidate]) -> list[tuple[float, float]]:
+    def judge(self, candidates: list[Candidate]) -> list[Judgement]:
         self.asked += [candidate.method.settings()["density"] for candidate in candidates]
-        return [(candidate.method.settings()["density"],) * 2 for candidate in candidates]
+        return [Judgement(*[candidate.method.settings()["density"]] * 3) for candidate in candidates]
 
     def seconds_to_refine(self) -> float:
         return 3600.0

@@ -20,7 +20,8 @@ from falloff.cli.progress import Steps
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from falloff.evaluation.tune import Goal, Tuned
+    from falloff.evaluation.tried import Goal
+    from falloff.evaluation.tune import Tuned
 
 SHOWN = 12
 """Candidates told of: the cheapest that reached the goal, then the closest of the others."""
@@ -75,9 +76,10 @@ def tune(
     from falloff.cli import pipeline
     from falloff.evaluation import figures
     from falloff.evaluation import tune as tuning
+    from falloff.evaluation.tried import Goal
 
     with told(ValueError, code=USAGE):
-        goal = tuning.Goal("psnr", psnr) if psnr is not None else tuning.Goal("recall", recall or 0.0)
+        goal = Goal("psnr", psnr) if psnr is not None else Goal("recall", recall or 0.0)
         names = settings.parts(methods)
         tuning.kinds(names)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -117,14 +119,23 @@ def tune(
 def _table(tuned: Tuned, goal: Goal) -> Table:
     from rich.table import Table
 
-    reached = sorted((each for each in tuned.tried if each.fidelity >= goal.target), key=lambda each: each.cost)
-    others = sorted((each for each in tuned.tried if each.fidelity < goal.target), key=lambda each: -each.fidelity)
+    from falloff.evaluation.tried import costs
+
+    by_cost = [each for _, each in sorted(zip(costs(tuned.tried), tuned.tried, strict=True), key=lambda pair: pair[0])]
+    reached = [each for each in by_cost if each.judged.fidelity >= goal.target]
+    others = [each for each in by_cost if each.judged.fidelity < goal.target]
+    others.sort(key=lambda each: -each.judged.fidelity)
     by_psnr = goal.measure == "psnr"
     shown = Table(title=f"{len(tuned.tried)} candidates, {len(reached)} reached {goal}", title_justify="left")
-    for head in ("of dense time" if by_psnr else "density", "PSNR" if by_psnr else "kept"):
+    for head in ("of dense time", "density", "PSNR") if by_psnr else ("density", "kept"):
         shown.add_column(head, justify="right", no_wrap=True)
     shown.add_column("settings that differ from the defaults")
     for each in [*reached, *others][:SHOWN]:
-        fidelity = f"{each.fidelity:.1f} dB" if by_psnr else f"{100 * each.fidelity:.1f}%"
-        shown.add_row(f"{100 * each.cost:.0f}%", fidelity, each.words())
+        cost, density, fidelity = each.judged
+        figures = (
+            (f"{cost:.0%}", f"{density:.0%}", f"{fidelity:.1f} dB")
+            if by_psnr
+            else (f"{density:.0%}", f"{fidelity:.1%}")
+        )
+        shown.add_row(*figures, each.words())
     return shown

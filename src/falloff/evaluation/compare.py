@@ -74,6 +74,7 @@ class _Outcome:
 
     seconds: float
     peak_bytes: int | None
+    others: float | None
     psnr: float
     ssim: float
     video: bytes
@@ -258,6 +259,7 @@ def _run_pair(runs: _Runs, number: int, fps: float) -> list[_Outcome]:
             _Outcome(
                 seconds=generation.seconds,
                 peak_bytes=generation.peak_bytes,
+                others=generation.others,
                 psnr=psnr(_as_float(generation), reference),
                 ssim=ssim(_as_float(generation), reference),
                 video=encode(generation.frames_FHWC, fps),
@@ -308,6 +310,7 @@ def _shared(label: str, outcomes: list[_Outcome]) -> dict[str, Any]:
         "label": label,
         "seconds": [outcome.seconds for outcome in outcomes],
         "peak_bytes": [outcome.peak_bytes for outcome in outcomes],
+        "others": [outcome.others for outcome in outcomes],
         "psnr": [outcome.psnr for outcome in outcomes],
         "ssim": [outcome.ssim for outcome in outcomes],
         "videos": [outcome.video for outcome in outcomes],

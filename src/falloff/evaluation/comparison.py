@@ -29,6 +29,8 @@ class Arm:
     label: str
     seconds: list[float]
     peak_bytes: list[int | None]
+    others: list[float | None]
+    """Share of the processors that others took, 0 to 1."""
     psnr: list[float]
     ssim: list[float]
     attention_seconds: float

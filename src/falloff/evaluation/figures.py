@@ -46,6 +46,12 @@ def rows(comparison: Comparison) -> list[Row]:
             "Dense time / the method's, pair by pair; median, and range over pairs.",
         ),
         Row(
+            "taken by others",
+            [percent(highest(arm.others)) for arm in arms],
+            "Share of all processors' time that other programs, or other guests of the same host, took during a call; "
+            "highest over pairs. Times of a machine that does other things say little.",
+        ),
+        Row(
             "predicted speed-up",
             [NONE, *(times(comparison.ceiling(arm.effective_density)) for arm in methods)],
             "By Amdahl's law from attention's share of the dense time, if attention's time followed its density.",
@@ -177,6 +183,11 @@ def middle_and_range(factors: Sequence[float]) -> str:
     """Of speed-ups, one a pair."""
     middle = times(median(factors))
     return middle if len(factors) < 2 else f"{middle} ({min(factors):.2f} to {max(factors):.2f})"
+
+
+def highest(shares: Sequence[float | None]) -> float | None:
+    """Of those that are known."""
+    return max((share for share in shares if share is not None), default=None)
 
 
 def memory(peak_bytes: Sequence[int | None]) -> str:

@@ -28,11 +28,13 @@ class NotFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Generation:
-    """A video uint8 [F, H, W, 3], the seconds its call took, and the most memory in use meanwhile, in bytes."""
+    """A video uint8 [F, H, W, 3], the seconds its call took, the most memory in use meanwhile, in bytes, and the share
+    of the processors that others took, 0 to 1."""
 
     frames_FHWC: Frames
     seconds: float
     peak_bytes: int | None
+    others: float | None
 
 
 def generate(
@@ -56,15 +58,16 @@ def generate(
     generator = torch.Generator("cpu").manual_seed(seed)
     memory = machine.PeakMemory(device)
     machine.synchronize(device)
+    others = machine.Others()
     start = time.perf_counter()
     with quiet(pipe):
         output = pipe(prompt=prompt, generator=generator, output_type="np", **arguments)
     machine.synchronize(device)
-    seconds = time.perf_counter() - start
+    seconds, taken = time.perf_counter() - start, others.read()
     video = np.asarray(output.frames[0] if hasattr(output, "frames") else output.images[:1])
     if not np.isfinite(video).all():
         raise NotFiniteError(f"the output for {prompt!r} holds NaN or infinity; try another dtype or kernel")
-    return Generation(to_bytes(video), seconds, memory.read())
+    return Generation(to_bytes(video), seconds, memory.read(), taken)
 
 
 def steps(pipe: Any, call_arguments: Mapping[str, Any]) -> int:

@@ -7,7 +7,9 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -67,6 +69,38 @@ class PeakMemory:
         """Bytes beyond what was taken at construction."""
         peak = self.read()
         return None if peak is None or self._before is None else peak - self._before
+
+
+class Others:
+    """What others took of all processors from construction to ``read``: other programs, and other guests of a host."""
+
+    def __init__(self) -> None:
+        self._before, self._own = _ticks(), time.process_time()
+
+    def read(self) -> float | None:
+        """Share of the processors' time, 0 to 1; ``None`` where the operating system does not tell."""
+        now = _ticks()
+        if now is None or self._before is None or now.all == self._before.all:
+            return None
+        own = (time.process_time() - self._own) * os.sysconf("SC_CLK_TCK")
+        return min(1.0, max(0.0, (now.busy - self._before.busy - own) / (now.all - self._before.all)))
+
+
+class _Ticks(NamedTuple):
+    """Of all processors since the start of the system, busy ones and all."""
+
+    busy: int
+    all: int
+
+
+def _ticks() -> _Ticks | None:
+    """Time that the host gave to other guests (steal) is busy; that of our own guests is in user's already."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, idle, waiting, *more = map(int, stat.read_text().partition("\n")[0].split()[1:9])
+    busy = user + nice + system + sum(more)
+    return _Ticks(busy, busy + idle + waiting)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -6,19 +6,27 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
-COST, FIDELITY = "cost", "fidelity"
 FIRST_AT_RANDOM = 8
 """Candidates drawn at random before the sampler relies on what it has seen."""
 
 
 class TuningError(ValueError):
     """Nothing to search, nothing found, or trials of another search."""
+
+
+class Judgement(NamedTuple):
+    """Of one candidate. cost: time as a share of dense, or effective density where recall is the goal; density: the
+    share of token pairs computed over all layers and steps, dense ones included."""
+
+    cost: float
+    density: float
+    fidelity: float
 
 
 @contextmanager
@@ -54,11 +62,11 @@ def opened(file: Path | None, search: dict[str, Any]) -> Iterator[Study]:
         optuna.logging.set_verbosity(before)
 
 
-def tell(study: Study, trial: Trial, *, cost: float, fidelity: float, target: float) -> None:
-    trial.set_user_attr(COST, cost)
-    trial.set_user_attr(FIDELITY, fidelity)
-    trial.set_constraint("short of the goal", target - fidelity)  # above 0: not reached
-    study.tell(trial, cost)
+def tell(study: Study, trial: Trial, judged: Judgement, target: float) -> None:
+    for name, value in judged._asdict().items():
+        trial.set_user_attr(name, value)
+    trial.set_constraint("short of the goal", target - judged.fidelity)  # above 0: not reached
+    study.tell(trial, judged.cost)
 
 
 def refuse(study: Study, trial: Trial) -> None:
@@ -69,5 +77,10 @@ def refuse(study: Study, trial: Trial) -> None:
 
 
 def judged(study: Study) -> list[FrozenTrial]:
-    """Trials with cost and fidelity, in the order tried."""
-    return [trial for trial in study.get_trials() if FIDELITY in trial.user_attrs]
+    """Trials with a judgement, in the order tried."""
+    return [trial for trial in study.get_trials() if set(Judgement._fields) <= trial.user_attrs.keys()]
+
+
+def judgement(trial: FrozenTrial) -> Judgement:
+    """Of a trial that was judged."""
+    return Judgement(*(trial.user_attrs[name] for name in Judgement._fields))

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
-from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +30,8 @@ from falloff.evaluation.metrics import psnr
 from falloff.evaluation.probe import Probe
 from falloff.evaluation.recall import RecallObserver, Recalls
 from falloff.evaluation.refine import LEVELS, Looks, finer
-from falloff.evaluation.study import COST, FIDELITY, TuningError
+from falloff.evaluation.study import Judgement, TuningError
+from falloff.evaluation.tried import Goal, Tried, alike, best
 from falloff.evaluation.turning import Dial, dials, ends_of_dials, next_turn
 from falloff.methods import METHODS, get
 from falloff.methods.base import Method
@@ -44,45 +44,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 12
 """Candidates judged by recall in one dense run."""
-SHOWN_OF_A_VALUE = 60
-"""Letters of a setting's value that are told."""
 HOPELESS_DB = 3.0
 """A candidate this far below the target on its first pair is given up."""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """At least ``target``: mean PSNR in dB against dense, or the share of attention kept, 0 to 1."""
-
-    measure: Literal["psnr", "recall"]
-    target: float
-
-    def __post_init__(self) -> None:
-        if self.measure == "recall" and not 0 < self.target < 1:
-            raise TuningError(f"a recall of {self.target} is outside 0 to 1")
-        if not self.target > 0:
-            raise TuningError(f"a target of {self.target} must be above 0")
-
-    def __str__(self) -> str:
-        return f"{self.target:g} dB PSNR" if self.measure == "psnr" else f"{self.target:.1%} of attention kept"
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One candidate judged. cost: time as a share of dense, or effective density where recall is the goal."""
-
-    candidate: Candidate
-    cost: float
-    fidelity: float
-
-    def words(self) -> str:
-        """The method, what differs from its defaults, and its schedule."""
-        method, schedule = self.candidate.method, self.candidate.schedule
-        defaults = type(method)().settings()
-        changed = [f"{name}={_short(value)}" for name, value in method.settings().items() if value != defaults[name]]
-        return " ".join(
-            [method.name, *changed, f"dense_first={schedule.dense_first}", f"dense_layers={schedule.dense_layers}"]
-        )
 
 
 @dataclass(frozen=True)
@@ -135,12 +98,12 @@ def tune(
         deadline = started + seconds - search.seconds_to_compare()
         _run(search, study, deadline)
         tried = [search.tried(trial) for trial in studies.judged(study)]
-    plain = _best(tried, goal)
+    plain = best(tried, goal)
     refined, measured = search.refine(plain, deadline)
     tried += refined
-    best = _best(tried, goal)
-    comparison = search.compare(plain, best)
-    return Tuned(search.recipe(best, comparison, len(tried), measured), comparison, tried)
+    chosen = best(tried, goal)
+    comparison = search.compare(plain, chosen)
+    return Tuned(search.recipe(chosen, comparison, len(tried), measured), comparison, tried)
 
 
 def kinds(names: str | Iterable[str]) -> list[type[Method]]:
@@ -207,7 +170,7 @@ class _Search:
 
     def turns(self, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
         """Of every method the next place of its dial to try."""
-        judged = [(trial.params, trial.user_attrs[FIDELITY]) for trial in trials]
+        judged = [(trial.params, studies.judgement(trial).fidelity) for trial in trials]
         starts = ((dial, self.space.defaults(kind)) for kind, dial in self._dials.items())
         found = (next_turn(dial, start, judged, self.goal.target) for dial, start in starts)
         return [point for point in found if point is not None]
@@ -224,10 +187,9 @@ class _Search:
         from optuna.trial import FixedTrial
 
         candidate = self.space.suggest(FixedTrial(trial.params))
-        return Tried(candidate, trial.user_attrs[COST], trial.user_attrs[FIDELITY])
+        return Tried(candidate, studies.judgement(trial), alike(trial.params))
 
-    def judge(self, candidates: list[Candidate]) -> list[tuple[float, float]]:
-        """Cost and fidelity of each."""
+    def judge(self, candidates: list[Candidate]) -> list[Judgement]:
         if self.goal.measure == "recall":
             recalls = self._recalls([candidate.method for candidate in candidates])
             return [self._by_recall(*judged) for judged in zip(candidates, recalls, strict=True)]
@@ -246,8 +208,8 @@ class _Search:
         for candidate in found.candidates:
             if time.monotonic() + self._seconds() > deadline:
                 break
-            ((cost, fidelity),) = self.judge([candidate])
-            tried.append(Tried(candidate, cost, fidelity))
+            (judged,) = self.judge([candidate])
+            tried.append(Tried(candidate, judged, plain.alike))
             self.say(f"refined, {len(tried)} of {len(found.candidates)}")
         return tried, found.measured
 
@@ -315,22 +277,23 @@ class _Search:
         """Of one dense run of all pairs."""
         return sum(dense.seconds for dense in self._dense)
 
-    def _by_recall(self, candidate: Candidate, found: Recalls) -> tuple[float, float]:
+    def _by_recall(self, candidate: Candidate, found: Recalls) -> Judgement:
         if not found.calls:
-            return 1.0, 1.0  # it plans nothing, so that every call stays dense
+            return Judgement(1.0, 1.0, 1.0)  # it plans nothing, so that every call stays dense
         density = candidate.mean(found.density_by_layer(), self._steps)
-        return density, candidate.mean(found.by_layer(), self._steps)
+        return Judgement(density, density, candidate.mean(found.by_layer(), self._steps))
 
-    def _by_psnr(self, candidate: Candidate) -> tuple[float, float]:
-        shares, fidelity = [], []
+    def _by_psnr(self, candidate: Candidate) -> Judgement:
+        shares, densities, fidelity = [], [], []
         for pair, dense in zip(self._pairs, self._dense, strict=True):
             with api.using(self._pipe, candidate.method, schedule=candidate.schedule, kernel=self._kernel):
                 made = generate(self._pipe, pair.prompt, seed=pair.seed, call_arguments=self._arguments)
+                densities.append(api.report(self._pipe).effective_density)
             shares.append(made.seconds / dense.seconds)
             fidelity.append(min(psnr(_as_float(made.frames_FHWC), dense.video), 100.0))  # equal videos have no PSNR
             if fidelity[0] < self.goal.target - HOPELESS_DB:
                 break
-        return median(shares), fmean(fidelity)
+        return Judgement(median(shares), fmean(densities), fmean(fidelity))
 
 
 def _run(search: _Search, study: Study, deadline: float) -> None:
@@ -366,34 +329,18 @@ def _round(search: _Search, study: Study) -> None:
             trials.append(trial)
         except ValueError:
             studies.refuse(study, trial)
-    for trial, (cost, fidelity) in zip(trials, search.judge(candidates), strict=True):
-        studies.tell(study, trial, cost=cost, fidelity=fidelity, target=search.goal.target)
+    for trial, judged in zip(trials, search.judge(candidates), strict=True):
+        studies.tell(study, trial, judged, search.goal.target)
     search.say(_words(search, studies.judged(study)))
 
 
 def _words(search: _Search, trials: list[FrozenTrial]) -> str:
     """How far the search is."""
-    reached = [trial.user_attrs[COST] for trial in trials if trial.user_attrs[FIDELITY] >= search.goal.target]
+    judged = map(studies.judgement, trials)
+    reached = [each.cost for each in judged if each.fidelity >= search.goal.target]
     what = "of the dense time" if search.goal.measure == "psnr" else "effective density"
     best = f"best {100 * min(reached):.0f}% {what}" if reached else "none has reached the goal"
     return f"{len(trials)} candidates, {best}"
-
-
-def _best(tried: list[Tried], goal: Goal) -> Tried:
-    reached = [each for each in tried if each.fidelity >= goal.target]
-    if not reached:
-        closest = max(each.fidelity for each in tried)
-        unit = " dB" if goal.measure == "psnr" else ""
-        raise TuningError(
-            f"none of {len(tried)} candidates reached {goal}; the closest had {closest:.3g}{unit}. "
-            "Allow more time, or lower the target"
-        )
-    return min(reached, key=lambda each: each.cost)
-
-
-def _short(value: Any) -> str:
-    """Tables of layers and heads are for the recipe."""
-    return shorten(str(value), SHOWN_OF_A_VALUE, placeholder=" ...")
 
 
 def _as_float(frames: Any) -> Tensor:
