@@ -101,7 +101,7 @@ def _places(
     pipe: Any, family: Family, clips: Sequence[Clip], size: Size, call: Mapping[str, Any], folder: Path
 ) -> Cache:
     given = family.given(pipe)
-    encoders = [_fingerprint(part) for _, part in sorted(pipe.components.items()) if _encodes(part)]
+    encoders = [fingerprint(part) for _, part in sorted(pipe.components.items()) if _encodes(part)]
     common = [FORMAT, type(pipe).__name__, encoders, call.get("max_sequence_length"), *[given][:given]]
     shape = [size.frames, size.height, size.width]
     named = [folder / f"{_hash([*common, shape, clip.stamp()])}.safetensors" for clip in clips]
@@ -112,7 +112,7 @@ def _encodes(part: Any) -> bool:
     return isinstance(part, nn.Module) and "Transformer" not in type(part).__name__
 
 
-def _fingerprint(model: nn.Module) -> list[str]:
+def fingerprint(model: nn.Module) -> list[str]:
     """Of a model's class, sizes and some of its weights."""
     named = list(model.named_parameters())
     shapes = _hash([[name, list(parameter.shape)] for name, parameter in named])

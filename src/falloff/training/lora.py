@@ -67,6 +67,8 @@ def train_lora(
     pipeline call that the LoRA is for; its number of steps tells which noise levels the schedule keeps dense. cache:
     where latents and text are kept, ``output``/cache unless given. fps: of the samples.
 
+    Processes that are started to share the transformers out (see ``sharding``) are left with their shares.
+
     Raises ``TrainingError`` before any training when pipeline, videos, output or settings do not fit.
     """
     if method.learns:
@@ -106,6 +108,7 @@ def train_lora(
             check=check,
             on_step=lambda now: progress(f"training, loss {now.loss:.4f}", now.step, course.steps),
             half=lora.precision == "bf16",
+            share=studio.share,
         )
         return _written(studio, lora, course, frames)
 
