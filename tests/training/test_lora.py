@@ -260,8 +260,14 @@ def test_a_model_that_is_to_be_shared_out_is_refused(
         tune(pipe, clips, tmp_path)
 
 
+def test_one_process_is_no_team(pipe, clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="ulysses = 2 makes no even teams of 1 processes; start a multiple of 2"):
+        tune(pipe, clips, tmp_path, replace(LORA, ulysses=2))
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("rank", 0), ("uncaptioned", 1.5), ("samples", 9), ("rope", "yarn"), ("precision", "fp4")]
+    ("field", "value"),
+    [("rank", 0), ("ulysses", 0), ("uncaptioned", 1.5), ("samples", 9), ("rope", "yarn"), ("precision", "fp4")],
 )
 def test_settings_are_checked(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} = {value!r}"):
