@@ -163,7 +163,8 @@ def refusals(clips: Path, output: Path) -> dict[str, str]:
     told["heads"] = refused(lambda: lora(heads, clips, output, TOKENS))
     pipe = worded()
     if dist.get_rank():
-        nn.init.zeros_(pipe.text_encoder.shared.weight)
+        pipe.text_encoder.to("meta")  # as transformers leaves it in all processes but the first
+        nn.init.zeros_(pipe.transformer.scale_shift_table)
     told["unlike"] = refused(lambda: lora(pipe, clips, output))
     pipe = worded()
     pipe.transformer.proj_out.weight = nn.Parameter(pipe.transformer.proj_out.weight.to(torch.int8), False)

@@ -58,10 +58,10 @@ def test_shared_out_a_model_is_trained_as_if_every_process_had_all_of_it(
     for file in files:
         ours, theirs = load_file(shared / file), load_file(whole / file)
         assert ours.keys() == theirs.keys()
-        for key, tensor in theirs.items():
-            torch.testing.assert_close(ours[key], tensor, atol=1e-6, rtol=1e-4)
+        for key, tensor in theirs.items():  # of two experts, processes take other samples than without
+            torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-6 if name == "experts" else 0)
     for ours, theirs in zip(entries(shared), entries(whole), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == (pytest.approx(theirs, rel=1e-5) if name == "experts" else theirs)
     assert (shared / RECIPE).read_text().replace("/shared/", "/whole/") == (whole / RECIPE).read_text()
 
 
@@ -130,7 +130,7 @@ def test_tokens_of_models_that_diffusers_does_not_share_are_refused() -> None:
         ("full", "all weights are to be trained, and what processes share out .* stays frozen"),
         ("odd", r"3 x 1 x 1 tokens have no even shares for ulysses = 2 processes"),
         ("heads", r"3 heads have no even shares for ulysses = 2 processes"),
-        ("unlike", "processes hold other weights of text_encoder than the first"),
+        ("unlike", "processes hold other weights of text_encoder and transformer than the first"),
         ("quantized", r"proj_out\.weight of this WanTransformer3DModel is a Parameter of torch\.int8"),
     ],
 )

@@ -69,6 +69,8 @@ def train_lora(
     pipeline call that the LoRA is for; its number of steps tells which noise levels the schedule keeps dense. cache:
     where latents and text are kept, ``output``/cache unless given. fps: of the samples.
 
+    Processes that are started to share the transformers out (see ``sharding``) are left with their shares.
+
     Raises ``TrainingError`` before any training when pipeline, videos, output or settings do not fit.
     """
     if method.learns:

@@ -258,10 +258,12 @@ def open_studio(
     noising = noising_of(pipe, family, generate.steps(pipe, call), call)
     clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
     lessons, exams = _split(len(clips), lesson.validation, seed)
-    (output / SAMPLES).mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(output)
     if team > 1:
         ulysses.check(sharding.transformers(pipe), team, accelerator)
+    (output / SAMPLES).mkdir(parents=True, exist_ok=True)
+    if is_tensorboard_available():
+        accelerator.init_trackers("tensorboard")
     _move_in(pipe, accelerator)
     cached = prepare(
         pipe,
@@ -299,9 +301,8 @@ def open_studio(
 
 def _accelerator(output: Path) -> Accelerator:
     """With TensorBoard where that is installed. Raises ``TrainingError`` for a launch that cannot be followed."""
-    tensorboard = is_tensorboard_available()
     accelerator = Accelerator(
-        log_with="tensorboard" if tensorboard else None,
+        log_with="tensorboard" if is_tensorboard_available() else None,
         project_dir=str(output),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
@@ -312,8 +313,6 @@ def _accelerator(output: Path) -> Accelerator:
         )
     if sharding.asked():
         sharding.check(accelerator)
-    if tensorboard:
-        accelerator.init_trackers("tensorboard")
     return accelerator
 
 
