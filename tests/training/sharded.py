@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ from falloff.training import Course, Lora, Size, Sparse, TrainingError, sharding
 WORLD = 2
 SIZE = Size(frames=9, height=32, width=32)
 LORA = Lora(size=SIZE, trained_frames=5, rank=4, validation=3, samples=1, rope="riflex")
+TOKENS = replace(LORA, ulysses=WORLD, checkpointing=True)
 COURSE = Course(steps=4, batch=2, rate=0.05, warmup=0, save_every=1, check_every=4, ema=0.9)
 CALL = {"num_inference_steps": 3, "max_sequence_length": 8, "guidance_scale": 2.0}
 SCHEDULE = Schedule(dense_first=1, dense_layers=())
 SLA = falloff.SLA(density=0.4, q_block=4, kv_block=4)
 SPARSE = Sparse(size=SIZE, rank=2, validation=1, samples=0, checkpointing=True)
+NO_HOOKS = SimpleNamespace(hooks={})
 KNOWN = ("Wan", "SkyReels-V2", "HunyuanVideo", "Mochi", "LTX", "CogVideoX", "CogVideoX 1.5 I2V", "Kandinsky 5")
 TRAINED = [name for name in KNOWN if name in FAMILIES]
 """Families of models that trainings know."""
@@ -86,6 +89,7 @@ TRAININGS: dict[str, Callable[[Path, Path], None]] = {
     "experts": lambda clips, output: lora(
         experts(), clips, output, replace(LORA, rope="plain"), replace(COURSE, batch=4)
     ),
+    "tokens": lambda clips, output: lora(worded(), clips, output, TOKENS),
     "velocity": lambda clips, output: sparse(worded(), clips, output, SPARSE),
     "output": lambda clips, output: sparse(
         worded(), clips, output, replace(SPARSE, aim="output", backbone="none", checkpointing=False)
@@ -119,6 +123,17 @@ def until(step: int, pipe: Any, clips: Path, output: Path) -> None:
         lora(pipe, clips, output, progress=stop)
 
 
+def tokens(clips: Path, output: Path) -> dict[str, Any]:
+    """How many tokens of a sample a process runs the layers on, and what is left of that."""
+    pipe, seen = worded(), set()
+    seeing = pipe.transformer.blocks[1].register_forward_pre_hook(lambda _, given: seen.add(given[0].shape[1]))
+    lora(pipe, clips, output, replace(TOKENS, samples=0), replace(COURSE, steps=1))
+    seeing.remove()
+    processors = {attn.processor._parallel_config for block in pipe.transformer.blocks for attn in (block.attn1,)}
+    hooks = [name for m in pipe.transformer.modules() for name in getattr(m, "_diffusers_hook", NO_HOOKS).hooks]
+    return {"seen": sorted(seen), "left": [str(left) for left in (*processors, *hooks) if left is not None]}
+
+
 def gradients(name: str) -> float:
     """How far the gradient for a shared model's input is from that of a whole one, in terms of the latter's size."""
     family = FAMILIES[name]
@@ -146,6 +161,11 @@ def refusals(clips: Path, output: Path) -> dict[str, str]:
         if before is not None:
             os.environ[name] = before
     told["full"] = refused(lambda: sparse(worded(), clips, output, replace(SPARSE, backbone="full")))
+    odd = replace(TOKENS, size=replace(SIZE, height=16, width=16))
+    told["odd"] = refused(lambda: lora(worded(), clips, output, odd))
+    heads = worded()
+    heads.transformer.register_to_config(num_attention_heads=3)
+    told["heads"] = refused(lambda: lora(heads, clips, output, TOKENS))
     pipe = worded()
     if dist.get_rank():
         pipe.text_encoder.to("meta")  # as transformers leaves it in all processes but the first
@@ -181,6 +201,7 @@ def work(rank: int, port: int, clips: str, folder: str) -> None:
             os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(name != "velocity")
             training(Path(clips), Path(folder, kind, name))
     noted["shares"] = shares(Path(clips), Path(folder, "shared", "cut"))
+    noted["tokens"] = tokens(Path(clips), Path(folder, "tokens"))
     noted["gradients"] = {name: gradients(name) for name in TRAINED}
     noted["refusals"] = refusals(Path(clips), Path(folder, "refused"))
     Path(folder, f"{rank}.json").write_text(json.dumps(noted))

@@ -260,8 +260,15 @@ def test_a_launch_that_is_not_served_is_refused(
         tune(pipe, clips, tmp_path)
 
 
+def test_one_process_is_no_team(pipe, clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="ulysses = 2 makes no even teams of 1 processes; start a multiple of 2"):
+        tune(pipe, clips, tmp_path / "out", replace(LORA, ulysses=2))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("rank", 0), ("uncaptioned", 1.5), ("samples", 9), ("rope", "yarn"), ("precision", "fp4")]
+    ("field", "value"),
+    [("rank", 0), ("ulysses", 0), ("uncaptioned", 1.5), ("samples", 9), ("rope", "yarn"), ("precision", "fp4")],
 )
 def test_settings_are_checked(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} = {value!r}"):

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import sharded
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file
 
 from falloff.evaluation import video
+from falloff.training import TrainingError, ulysses
 from falloff.training.adapter import RECIPE, SECOND_WEIGHTS, WEIGHTS, loaded
 from falloff.training.sharding import in_step
 from falloff.training.sparse import BRANCHES
@@ -44,6 +46,7 @@ def entries(output: Path) -> list[dict[str, float]]:
         ("lora", [WEIGHTS]),
         ("half", [WEIGHTS]),
         ("experts", [WEIGHTS, SECOND_WEIGHTS]),
+        ("tokens", [WEIGHTS]),
         ("velocity", [WEIGHTS, BRANCHES]),
         ("output", [BRANCHES]),
     ],
@@ -88,10 +91,33 @@ def test_the_lora_is_loaded_by_a_whole_model(folder: Path, pipe: Any) -> None:
         assert any("lora" in name for name, _ in pipe.transformer.named_parameters())
 
 
+def test_sharing_the_tokens_of_samples_changes_nothing_but_rounding(folder: Path) -> None:
+    shared, alone = folder / "whole" / "tokens", folder / "whole" / "lora"
+    ours, theirs = (load_file(output / WEIGHTS) for output in (shared, alone))
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, atol=1e-6, rtol=1e-4)
+    for our, their in zip(entries(shared), entries(alone), strict=True):
+        assert our == pytest.approx(their, rel=1e-4)
+    name = "samples/step-000004-0.mp4"
+    difference = abs(video.read(shared / name).astype(int) - video.read(alone / name))
+    assert difference.mean() < 0.1  # one level that rounds the other way may be two when the codec is done
+
+
+def test_a_process_runs_the_layers_on_its_share_of_the_tokens(folder: Path) -> None:
+    for rank in range(2):
+        assert noted(folder, rank)["tokens"] == {"seen": [3 * 2 * 2 // 2], "left": []}
+
+
 @pytest.mark.parametrize("family", sharded.TRAINED)
 def test_gradients_of_every_family_pass_through_shared_layers(folder: Path, family: str) -> None:
     for rank in range(2):
         assert noted(folder, rank)["gradients"][family] < 1e-5
+
+
+def test_tokens_of_models_that_diffusers_does_not_share_are_refused() -> None:
+    two = SimpleNamespace(num_processes=2)
+    with pytest.raises(TrainingError, match="tokens of MochiTransformer3DModel cannot be shared in training"):
+        ulysses.check([FAMILIES["Mochi"].build()], 2, two)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +127,8 @@ def test_gradients_of_every_family_pass_through_shared_layers(folder: Path, fami
         ("FSDP_OFFLOAD_PARAMS", "leave --fsdp_offload_params out"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "give falloff's own --checkpointing in place"),
         ("full", "all weights are to be trained, and what processes share out .* stays frozen"),
+        ("odd", r"3 x 1 x 1 tokens have no even shares for ulysses = 2 processes"),
+        ("heads", r"3 heads have no even shares for ulysses = 2 processes"),
         ("unlike", "processes hold other weights of text_encoder and transformer than the first"),
         ("quantized", r"proj_out\.weight of this WanTransformer3DModel is a Parameter of torch\.int8"),
     ],

@@ -96,20 +96,22 @@ def train(
     on_step: Callable[[Now], None] = lambda now: None,
     half: bool = False,
     share: Share | None = None,
+    team: int = 1,
 ) -> None:
     """Train ``parameters`` in place, going on from ``folder`` where a state is; at the end they hold the average.
 
     identity: plain values that must be the same when a training goes on; the number of steps may grow. check: called
     before the first step, every ``check_every`` steps and at the end, with the parameters as they are to be judged;
-    returns figures to log. half: compute in bfloat16 by autocast. share: ``evenly`` unless given.
+    returns figures to log. half: compute in bfloat16 by autocast. share: ``evenly`` unless given. team: processes that
+    take each sample together, each with a part of its gradient.
 
     Raises ``TrainingError`` for a state of other settings, and ``ArithmeticError`` for a loss that is not finite.
     """
-    if course.batch % accelerator.num_processes:
-        raise TrainingError(
-            f"batch = {course.batch} does not share evenly between {accelerator.num_processes} processes"
-        )
-    run = _Run(parameters, course, folder, accelerator, identity, half, share)
+    takers = accelerator.num_processes // team
+    if course.batch % takers:
+        what = "processes" if team == 1 else f"teams of {team} processes"
+        raise TrainingError(f"batch = {course.batch} does not share evenly between {takers} {what}")
+    run = _Run(parameters, course, folder, accelerator, identity, half, share, team)
     step = run.load()
     if step == 0:
         run.log({"step": 0, **run.judged(check, 0)})
@@ -138,9 +140,9 @@ def chance(seed: int, sample: int) -> torch.Generator:
     return generator_for(seed, 1, sample)
 
 
-def evenly(accelerator: Accelerator, items: Sequence[Item]) -> list[tuple[Item, bool]]:
-    """Of some work every so manieth item for this process; each counts, see ``Share``."""
-    return [(item, True) for item in items[accelerator.process_index :: accelerator.num_processes]]
+def evenly(accelerator: Accelerator, items: Sequence[Item], team: int = 1) -> list[tuple[Item, bool]]:
+    """Of some work every so manieth item for this process, or its team; each counts, see ``Share``."""
+    return [(item, True) for item in items[accelerator.process_index // team :: accelerator.num_processes // team]]
 
 
 def drawn(number: int, count: int, seed: int) -> int:
@@ -161,9 +163,10 @@ class _Run:
         identity: Mapping[str, Any],
         half: bool,
         share: Share | None,
+        team: int,
     ) -> None:
-        self.half = half
-        self.share = share or partial(evenly, accelerator)
+        self.half, self.team = half, team
+        self.share = share or partial(evenly, accelerator, team=team)
         self.parameters, self.course, self.folder, self.accelerator = parameters, course, folder, accelerator
         settings = {name: value for name, value in asdict(course).items() if name != "steps"}
         self.identity = {**settings, **identity, "processes": accelerator.num_processes}
@@ -180,7 +183,7 @@ class _Run:
             part = value / batch if counts else value * 0
             torch.autograd.backward(part)
             total += part.detach()
-        mean = float(self.accelerator.reduce(total, "sum"))
+        mean = float(self.accelerator.reduce(total, "sum")) / self.team
         if not math.isfinite(mean):
             raise ArithmeticError(f"the loss of step {number + 1} is {mean}; lower the rate, or train in float32")
         self._share_gradients()

@@ -111,14 +111,16 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def in_step(accelerator: Accelerator, items: Sequence[Item], models: Sequence[str]) -> list[tuple[Item, bool]]:
+def in_step(
+    accelerator: Accelerator, items: Sequence[Item], models: Sequence[str], team: int = 1
+) -> list[tuple[Item, bool]]:
     """What this process takes of work that all do together, so that all run the same model at any time.
 
     models: the model that each item is for. The items of one model are done by all processes, then those of the next;
     where the last round of a model has too few for all, the others do the last of them as well, and it does not count:
-    the second value is False.
+    the second value is False. team: processes that take each item together, as one.
     """
-    process, processes = accelerator.process_index, accelerator.num_processes
+    process, processes = accelerator.process_index // team, accelerator.num_processes // team
     taken = []
     for model in sorted(set(models)):
         own = [item for item, needed in zip(items, models, strict=True) if needed == model]

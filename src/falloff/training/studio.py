@@ -21,7 +21,7 @@ from falloff.hosts import class_name
 from falloff.methods.base import Method
 from falloff.recipe import Recipe
 from falloff.schedule import Schedule
-from falloff.training import loop, sharding
+from falloff.training import loop, sharding, ulysses
 from falloff.training.cache import Cache, Size, picture, prepare
 from falloff.training.data import Clip, read_frames, usable
 from falloff.training.errors import TrainingError
@@ -101,6 +101,8 @@ class Studio:
     """Numbers of the clips kept out."""
     sharded: bool
     """Whether processes share the transformers out, and have to run them together: see ``sharding``."""
+    team: int
+    """Processes that share the tokens of every sample, and have to run the transformers together: see ``ulysses``."""
     output: Path
     fps: float
     progress: Progress
@@ -127,8 +129,9 @@ class Studio:
     def _own(self, items: Sequence[loop.Item], level: Callable[[loop.Item], float]) -> list[tuple[loop.Item, bool]]:
         """This process's part of some work, each item at a noise level; and whether it counts, see ``sharding``."""
         if not self.sharded:
-            return loop.evenly(self.accelerator, items)
-        return sharding.in_step(self.accelerator, items, [self.noising.expert(level(item)) for item in items])
+            return loop.evenly(self.accelerator, items, self.team)
+        models = [self.noising.expert(level(item)) for item in items]
+        return sharding.in_step(self.accelerator, items, models, self.team)
 
     def _stays_dense(self, level: float) -> bool:
         at = self.noising.position(level)
@@ -160,14 +163,14 @@ class Studio:
             if counts:
                 losses[experts.index(self.noising.expert(point.level))] += value
             self.progress("validating", done, len(mine))
-        means = self.accelerator.reduce(losses, "sum") * len(experts) / len(points)
+        means = self.accelerator.reduce(losses, "sum") * len(experts) / len(points) / self.team
         own = dict(zip(experts, means.tolist(), strict=True)) if len(experts) > 1 else {}
         return {"validation": float(means.mean()), **{f"validation {expert}": mean for expert, mean in own.items()}}
 
     def make_samples(self, step: int) -> None:
-        """Videos of captions kept out, written by the main process, and made by it alone unless models are shared
-        out."""
-        if not (self.sharded or self.accelerator.is_main_process):
+        """Videos of captions kept out, written by the main process, and made by it alone unless models or tokens are
+        shared out."""
+        if not (self.sharded or self.team > 1 or self.accelerator.is_main_process):
             return
         for number, index in enumerate(self.exams[: self.lesson.samples]):
             self.progress("making samples", 0, 0)
@@ -207,6 +210,8 @@ class Studio:
             if self.sharded:
                 left.enter_context(sharding.quiet())
             left.enter_context(_moved(self.pipe, torch.device("cpu"), back=self.accelerator.device))
+            if self.team > 1:
+                left.enter_context(ulysses.shared_tokens(self.models.values(), self.team, self.accelerator))
             manner = self.manner
             left.enter_context(api.using(self.pipe, manner.method, schedule=manner.schedule, kernel=manner.kernel))
             if self.lesson.checkpointing:
@@ -240,8 +245,9 @@ def open_studio(
     cache: Path | None,
     fps: float,
     progress: Progress,
+    team: int = 1,
 ) -> Studio:
-    """Look over pipeline and clips, and encode what is not in the cache yet.
+    """Look over pipeline and clips, and encode what is not in the cache yet. ``team``: see ``Studio``.
 
     Raises ``TrainingError`` with all that does not fit, and leaves nothing behind then but what is in the cache.
     """
@@ -251,8 +257,12 @@ def open_studio(
     noising = noising_of(pipe, family, generate.steps(pipe, call), call)
     clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
     lessons, exams = _split(len(clips), lesson.validation, seed)
-    (output / SAMPLES).mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(output)
+    if team > 1:
+        ulysses.check(sharding.transformers(pipe), team, accelerator)
+    (output / SAMPLES).mkdir(parents=True, exist_ok=True)
+    if is_tensorboard_available():
+        accelerator.init_trackers("tensorboard")
     _move_in(pipe, accelerator)
     cached = prepare(
         pipe,
@@ -265,6 +275,8 @@ def open_studio(
         on_clip=lambda done, total: progress("encoding clips", done, total),
     )
     accelerator.wait_for_everyone()
+    if team > 1:
+        ulysses.check_tokens(pipe.transformer, cached.sample(0, torch.device("cpu")), team)
     return Studio(
         pipe=pipe,
         family=family,
@@ -279,6 +291,7 @@ def open_studio(
         lessons=lessons,
         exams=exams,
         sharded=sharding.asked(),
+        team=team,
         output=output,
         fps=fps,
         progress=progress,
@@ -287,9 +300,8 @@ def open_studio(
 
 def _accelerator(output: Path) -> Accelerator:
     """With TensorBoard where that is installed. Raises ``TrainingError`` for a launch that cannot be followed."""
-    tensorboard = is_tensorboard_available()
     accelerator = Accelerator(
-        log_with="tensorboard" if tensorboard else None,
+        log_with="tensorboard" if is_tensorboard_available() else None,
         project_dir=str(output),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
@@ -300,8 +312,6 @@ def _accelerator(output: Path) -> Accelerator:
         )
     if sharding.asked():
         sharding.check(accelerator)
-    if tensorboard:
-        accelerator.init_trackers("tensorboard")
     return accelerator
 
 
