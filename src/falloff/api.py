@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from falloff import branch_file, kernels, methods
 from falloff.branch_file import BranchError
-from falloff.hosts import UnsupportedModelError, host_for
+from falloff.hosts import UnsupportedModelError, class_name, host_for
 from falloff.methods.base import Method, plan_for
 from falloff.plan import Plan
 from falloff.recipe import Recipe
@@ -173,7 +173,7 @@ def check_recipe(pipe: Any, recipe: Recipe) -> None:
 
 def identities(pipe: Any) -> list[tuple[str, int]]:
     """Class name and number of self-attention layers of each transformer: what a recipe is for."""
-    return [(type(model).__name__, len(host_for(model).attention_paths(model))) for model in _models(pipe)]
+    return [(class_name(model), len(host_for(model).attention_paths(model))) for model in _models(pipe)]
 
 
 def attention(

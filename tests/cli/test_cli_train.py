@@ -289,6 +289,19 @@ def test_what_does_not_fit_is_told_before_any_training(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_training_places_the_models_itself(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes would meet on the first GPU otherwise, each with all of the pipeline."""
+    from diffusers import DiffusionPipeline
+
+    from falloff.cli import train_options
+
+    moved = []
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda pipe, device: moved.append(device))
+    with train_options.bench(str(checkpoint), "radial", [], 5, 32, 32, 2, "auto", tmp_path) as bench:
+        assert bench.pipe.transformer is not None
+    assert not moved
+
+
 def test_no_lora_is_told(falloff, checkpoint: Path, tmp_path: Path) -> None:
     done = falloff("generate", "a fox", "--model", checkpoint, "--lora", tmp_path, "--output", tmp_path / "a.mp4")
     assert done.code == 1

@@ -250,18 +250,25 @@ def test_nothing_is_written_for_data_that_cannot_be_used(pipe, tmp_path: Path) -
     assert not output.exists()
 
 
-def test_a_model_that_is_to_be_shared_out_is_refused(
+def test_a_launch_that_is_not_served_is_refused(
     pipe, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every process would train all of it, which is not what was asked for."""
-    started = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    """Every process would train all of the model, which is not what was asked for."""
+    started = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     monkeypatch.setattr(studio, "Accelerator", lambda **settings: started)
-    with pytest.raises(TrainingError, match=r"started with FSDP, .* whole model in every process; .*--multi_gpu"):
+    with pytest.raises(TrainingError, match=r"started with DEEPSPEED; .*--multi_gpu, .*--use_fsdp"):
         tune(pipe, clips, tmp_path)
 
 
+def test_one_process_is_no_team(pipe, clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="ulysses = 2 makes no even teams of 1 processes; start a multiple of 2"):
+        tune(pipe, clips, tmp_path / "out", replace(LORA, ulysses=2))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("rank", 0), ("uncaptioned", 1.5), ("samples", 9), ("rope", "yarn"), ("precision", "fp4")]
+    ("field", "value"),
+    [("rank", 0), ("ulysses", 0), ("uncaptioned", 1.5), ("samples", 9), ("rope", "yarn"), ("precision", "fp4")],
 )
 def test_settings_are_checked(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} = {value!r}"):

@@ -32,11 +32,11 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def load(checkpoint: Checkpoint, family: Any = None) -> Any:
+def load(checkpoint: Checkpoint, family: Any = None, *, move: bool = True) -> Any:
     """The pipeline on the GPU in bfloat16 where there is one, else on the CPU in float32.
 
-    ``family``: a pipeline class that diffusers does not know of. Raises ``CommandError`` when the checkpoint cannot be
-    loaded.
+    ``family``: a pipeline class that diffusers does not know of. ``move``: or leave it on the CPU, in the same type.
+    Raises ``CommandError`` when the checkpoint cannot be loaded.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -47,10 +47,10 @@ def load(checkpoint: Checkpoint, family: Any = None) -> Any:
     dtypes = {"default": dtype, "vae": torch.float32}
     broken = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
     with told(*broken, before=f"cannot load {checkpoint.source}: "):
-        pipe = (family or DiffusionPipeline).from_pretrained(checkpoint.source, dtype=dtypes).to(device)
-    if type(getattr(pipe, "vae", None)).__name__ == IN_TILES:
-        pipe.vae.enable_tiling()
-    return pipe
+        pipe = (family or DiffusionPipeline).from_pretrained(checkpoint.source, dtype=dtypes)
+        if type(getattr(pipe, "vae", None)).__name__ == IN_TILES:
+            pipe.vae.enable_tiling()
+        return pipe.to(device) if move else pipe
 
 
 COUNT_LATENT_FRAMES = ("AllegroPipeline",)

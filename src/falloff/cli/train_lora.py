@@ -33,6 +33,7 @@ def lora(
     save_every: train.SaveEvery = 100,
     checkpointing: train.Checkpointing = False,
     precision: train.Precision = None,
+    ulysses: Annotated[int, typer.Option(help="Processes that share the tokens of every video.")] = 1,
     seed: train.Seed = 0,
     kernel: options.Kernel = "auto",
     cache: train.CacheFolder = None,
@@ -52,6 +53,7 @@ def lora(
             samples=samples,
             checkpointing=checkpointing,
             precision=train.precision_of(precision),
+            ulysses=ulysses,
         )
         course = Course(
             steps=steps, batch=batch, rate=rate, ema=ema, seed=seed, save_every=save_every, check_every=check_every

@@ -108,7 +108,7 @@ def bench(
     from falloff.recipe import Recipe, RecipeError
 
     with pipeline.quiet(), Steps(f"loading {checkpoint.name}", unit="", quiet=not _first()) as progress:
-        pipe = pipeline.load(checkpoint)
+        pipe = pipeline.load(checkpoint, move=False)  # of several processes, each has a GPU of its own
         with pipeline.running(), told(OSError, RecipeError):
             way = chosen.method
             if isinstance(way, Recipe):

@@ -126,9 +126,16 @@ def register(host: Host) -> None:
     _registered[host.family] = host
 
 
+def class_name(model: object) -> str:
+    """Of the class that a model was built as: PyTorch's ``fully_shard`` gives it one derived from that."""
+    kinds = type(model).__mro__
+    sharded = len(kinds) > 2 and kinds[1].__name__ == "FSDPModule"
+    return kinds[2 if sharded else 0].__name__
+
+
 def host_for(model: object) -> Host:
     """The family of a model. Raises ``UnsupportedModelError`` for a model of none."""
-    name = type(model).__name__
+    name = class_name(model)
     for host in hosts():
         if name in host.refused:
             raise UnsupportedModelError(f"falloff cannot serve {name}: {host.refused[name]}")

@@ -27,7 +27,7 @@ CPU_CHUNK_BYTES = 2 << 20
 """The same on CPUs, where passes over scores that have left a core's cache would be half of the time."""
 SORT_BYTES, SORTED_BYTES = 40, 16 << 20
 """Of one token while it is sorted: its cluster and its place, twice, and what the sort needs on the way; of all."""
-SUM_BYTES = 16 << 20
+SUM_BYTES = 8 << 20
 """Sums of tokens by cluster held at once, the old and the new."""
 
 

@@ -103,7 +103,7 @@ def _places(
     pipe: Any, family: Family, clips: Sequence[Clip], size: Size, call: Mapping[str, Any], folder: Path
 ) -> Cache:
     given = family.given(pipe)
-    encoders = [_fingerprint(part) for _, part in sorted(pipe.components.items()) if _encodes(part)]
+    encoders = [fingerprint(part) for _, part in sorted(pipe.components.items()) if _encodes(part)]
     asked = [[name, call[name]] for name in ABOUT_TEXT if name in call]
     common = [FORMAT, type(pipe).__name__, encoders, call.get("max_sequence_length"), *[given][:given], *asked]
     shape = [size.frames, size.height, size.width]
@@ -115,7 +115,7 @@ def _encodes(part: Any) -> bool:
     return isinstance(part, nn.Module) and "Transformer" not in type(part).__name__
 
 
-def _fingerprint(model: nn.Module) -> list[str]:
+def fingerprint(model: nn.Module) -> list[str]:
     """Of a model's class, sizes and some of its weights."""
     named = list(model.named_parameters())
     shapes = _hash([[name, list(parameter.shape)] for name, parameter in named])

@@ -12,11 +12,12 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,10 @@ HASH = re.compile("[0-9a-f]{32}")
 """How an identity tells the content of files."""
 Loss = Callable[[int, torch.Generator], Tensor]
 """Loss of sample number n, with the chance of that sample: 0-d, to be differentiated."""
+Item = TypeVar("Item")
+Share = Callable[[Sequence[int]], Iterable[tuple[int, bool]]]
+"""Of the numbers of a step's samples, those that this process takes; and whether a sample counts, or is taken by this
+process only because all have to run the model together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,20 +95,23 @@ def train(
     check: Callable[[int], Mapping[str, float]] = lambda step: {},
     on_step: Callable[[Now], None] = lambda now: None,
     half: bool = False,
+    share: Share | None = None,
+    team: int = 1,
 ) -> None:
     """Train ``parameters`` in place, going on from ``folder`` where a state is; at the end they hold the average.
 
     identity: plain values that must be the same when a training goes on; the number of steps may grow. check: called
     before the first step, every ``check_every`` steps and at the end, with the parameters as they are to be judged;
-    returns figures to log. half: compute in bfloat16 by autocast.
+    returns figures to log. half: compute in bfloat16 by autocast. share: ``evenly`` unless given. team: processes that
+    take each sample together, each with a part of its gradient.
 
     Raises ``TrainingError`` for a state of other settings, and ``ArithmeticError`` for a loss that is not finite.
     """
-    if course.batch % accelerator.num_processes:
-        raise TrainingError(
-            f"batch = {course.batch} does not share evenly between {accelerator.num_processes} processes"
-        )
-    run = _Run(parameters, course, folder, accelerator, identity, half)
+    takers = accelerator.num_processes // team
+    if course.batch % takers:
+        what = "processes" if team == 1 else f"teams of {team} processes"
+        raise TrainingError(f"batch = {course.batch} does not share evenly between {takers} {what}")
+    run = _Run(parameters, course, folder, accelerator, identity, half, share, team)
     step = run.load()
     if step == 0:
         run.log({"step": 0, **run.judged(check, 0)})
@@ -127,6 +135,16 @@ def generator_for(seed: int, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
+def chance(seed: int, sample: int) -> torch.Generator:
+    """The chance of a sample."""
+    return generator_for(seed, 1, sample)
+
+
+def evenly(accelerator: Accelerator, items: Sequence[Item], team: int = 1) -> list[tuple[Item, bool]]:
+    """Of some work every so manieth item for this process, or its team; each counts, see ``Share``."""
+    return [(item, True) for item in items[accelerator.process_index // team :: accelerator.num_processes // team]]
+
+
 def drawn(number: int, count: int, seed: int) -> int:
     """Which of ``count`` clips sample ``number`` is: all in a new order in every round."""
     order = torch.randperm(count, generator=generator_for(seed, 0, number // count))
@@ -144,8 +162,11 @@ class _Run:
         accelerator: Accelerator,
         identity: Mapping[str, Any],
         half: bool,
+        share: Share | None,
+        team: int,
     ) -> None:
-        self.half = half
+        self.half, self.team = half, team
+        self.share = share or partial(evenly, accelerator, team=team)
         self.parameters, self.course, self.folder, self.accelerator = parameters, course, folder, accelerator
         settings = {name: value for name, value in asdict(course).items() if name != "steps"}
         self.identity = {**settings, **identity, "processes": accelerator.num_processes}
@@ -154,15 +175,15 @@ class _Run:
 
     def step(self, number: int, loss: Loss) -> tuple[float, float]:
         """One step of the optimizer; the mean loss over all processes and the norm of the gradient before clipping."""
-        batch, world = self.course.batch, self.accelerator.num_processes
+        batch = self.course.batch
         total = torch.zeros((), device=self.accelerator.device)
-        for place in range(self.accelerator.process_index, batch, world):
-            sample = number * batch + place
+        for sample, counts in self.share(range(number * batch, (number + 1) * batch)):
             with self._autocast():
-                value = loss(sample, generator_for(self.course.seed, 1, sample))
-            torch.autograd.backward(value / batch)
-            total += value.detach() / batch
-        mean = float(self.accelerator.reduce(total, "sum"))
+                value = loss(sample, chance(self.course.seed, sample))
+            part = value / batch if counts else value * 0
+            torch.autograd.backward(part)
+            total += part.detach()
+        mean = float(self.accelerator.reduce(total, "sum")) / self.team
         if not math.isfinite(mean):
             raise ArithmeticError(f"the loss of step {number + 1} is {mean}; lower the rate, or train in float32")
         self._share_gradients()

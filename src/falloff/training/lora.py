@@ -31,17 +31,19 @@ class Lora(Lesson):
     """A training of a LoRA; see ``Lesson`` for what is common to all.
 
     trained_frames: of the videos that the model knows. rank: of the LoRA. rope: "plain", or "riflex" for its temporal
-    positions (see ``length``).
+    positions (see ``length``). ulysses: processes that share the tokens of every sample (see the module of that name).
     """
 
     trained_frames: int
     rank: int = 128
     rope: Literal["plain", "riflex"] = "plain"
+    ulysses: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank = {self.rank} must be at least 1")
+        for name in ("rank", "ulysses"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         self.check_choice("rope", ("plain", "riflex"))
 
 
@@ -67,6 +69,8 @@ def train_lora(
     pipeline call that the LoRA is for; its number of steps tells which noise levels the schedule keeps dense. cache:
     where latents and text are kept, ``output``/cache unless given. fps: of the samples.
 
+    Processes that are started to share the transformers out (see ``sharding``) are left with their shares.
+
     Raises ``TrainingError`` before any training when pipeline, videos, output or settings do not fit.
     """
     if method.learns:
@@ -75,7 +79,17 @@ def train_lora(
         )
     manner = Manner(method=method, schedule=schedule or method.schedule, kernel=kernel)
     studio = open_studio(
-        pipe, videos, output, manner, lora, course.seed, call=call or {}, cache=cache, fps=fps, progress=progress
+        pipe,
+        videos,
+        output,
+        manner,
+        lora,
+        course.seed,
+        call=call or {},
+        cache=cache,
+        fps=fps,
+        progress=progress,
+        team=lora.ulysses,
     )
     models = studio.models
 
@@ -106,6 +120,8 @@ def train_lora(
             check=check,
             on_step=lambda now: progress(f"training, loss {now.loss:.4f}", now.step, course.steps),
             half=lora.precision == "bf16",
+            share=studio.share,
+            team=lora.ulysses,
         )
         return _written(studio, lora, course, frames)
 

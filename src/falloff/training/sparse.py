@@ -30,7 +30,7 @@ from falloff.hosts.fitting import output_error
 from falloff.methods.base import Method
 from falloff.recipe import Recipe
 from falloff.schedule import Schedule
-from falloff.training import adapter, loop
+from falloff.training import adapter, loop, sharding
 from falloff.training.errors import TrainingError
 from falloff.training.families import family_of
 from falloff.training.loop import Course
@@ -149,6 +149,7 @@ def train_sparse(
             check=check,
             on_step=lambda now: progress(f"training, loss {now.loss:.4f}", now.step, course.steps),
             half=sparse.precision == "bf16",
+            share=lambda numbers: studio.share(numbers, planned=sparse.backbone == "none"),
         )
         return _written(studio, sparse, course, begun)
 
@@ -166,6 +167,11 @@ def eased(method: Method, step: int, ramp: int) -> Method:
 def _check(pipe: Any, manner: Manner, sparse: Sparse, call: Mapping[str, Any]) -> None:
     method, schedule = manner.method, manner.schedule
     family_of(pipe)
+    if sparse.backbone == "full" and sharding.asked():
+        raise TrainingError(
+            "all weights are to be trained, and what processes share out (--use_fsdp) stays frozen; train a LoRA with "
+            "backbone='lora', or start with --multi_gpu where every process has room for all"
+        )
     if sparse.backbone == "none" and not method.learns:
         raise TrainingError(f"{method.name} learns nothing as it is set; without a backbone nothing is left to train")
     if sparse.ramp and not {"density", "sparsity"} & method.settings().keys():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from falloff import api
 from falloff.evaluation import generate, video
+from falloff.hosts import class_name
 from falloff.methods.base import Method
 from falloff.recipe import Recipe
 from falloff.schedule import Schedule
-from falloff.training import loop
+from falloff.training import loop, sharding, ulysses
 from falloff.training.cache import Cache, Size, picture, prepare
 from falloff.training.data import Clip, read_frames, usable
 from falloff.training.errors import TrainingError
@@ -35,8 +36,8 @@ SIZE = ("num_frames", "height", "width")
 """What pipeline calls name the parts of a size."""
 PATIENCE = timedelta(days=1)
 """How long processes wait for one another: a sample is a whole video, made by one while all others wait."""
-ALIKE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Ways to run in which every process has the whole model."""
+SERVED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+"""Ways to run: every process has the whole model, or a share of it."""
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is, and of how much."""
 
@@ -101,19 +102,39 @@ class Studio:
     """Numbers of the clips to train on."""
     exams: list[int]
     """Numbers of the clips kept out."""
+    sharded: bool
+    """Whether processes share the transformers out, and have to run them together: see ``sharding``."""
+    team: int
+    """Processes that share the tokens of every sample, and have to run the transformers together: see ``ulysses``."""
     output: Path
     fps: float
     progress: Progress
 
     def point(self, number: int, generator: torch.Generator, *, planned: bool = False) -> Point:
         """What sample ``number`` of the training is; ``planned``: at a step that the schedule does not keep dense."""
-        captioned = bool(torch.rand((), generator=generator) >= self.lesson.uncaptioned)
+        captioned, level = self._drawn(generator, planned)
         index = self.lessons[loop.drawn(number, len(self.lessons), self.seed)]
         sample = self.cache.sample(index, self.accelerator.device, captioned=captioned)
+        return point_at(sample, self.noising, level, generator)
+
+    def share(self, numbers: Sequence[int], *, planned: bool = False) -> list[tuple[int, bool]]:
+        """Of the samples of a step those that this process takes, and whether each counts; ``planned`` as above."""
+        return self._own(numbers, lambda number: self._drawn(loop.chance(self.seed, number), planned)[1])
+
+    def _drawn(self, generator: torch.Generator, planned: bool) -> tuple[bool, float]:
+        """Whether a sample has its caption, and its noise level."""
+        captioned = bool(torch.rand((), generator=generator) >= self.lesson.uncaptioned)
         level = self.noising.draw(generator)
         while planned and self._stays_dense(level):
             level = self.noising.draw(generator)
-        return point_at(sample, self.noising, level, generator)
+        return captioned, level
+
+    def _own(self, items: Sequence[loop.Item], level: Callable[[loop.Item], float]) -> list[tuple[loop.Item, bool]]:
+        """This process's part of some work, each item at a noise level; and whether it counts, see ``sharding``."""
+        if not self.sharded:
+            return loop.evenly(self.accelerator, items, self.team)
+        models = [self.noising.expert(level(item)) for item in items]
+        return sharding.in_step(self.accelerator, items, models, self.team)
 
     def _stays_dense(self, level: float) -> bool:
         at = self.noising.position(level)
@@ -134,22 +155,25 @@ class Studio:
     def validation(self, loss: Callable[[Point], Tensor]) -> dict[str, float]:
         """The mean loss of the clips kept out, and of two transformers each one's own, shared between the processes;
         nothing where there are no such clips."""
-        device, one = self.accelerator.device, self.accelerator.num_processes
+        device = self.accelerator.device
         points = validation_points([self.cache.sample(index, device) for index in self.exams], self.noising, self.seed)
         if not points:
             return {}
-        mine, experts = points[self.accelerator.process_index :: one], list(self.noising.ranges)
+        mine, experts = self._own(points, lambda point: point.level), list(self.noising.ranges)
         losses = torch.zeros(len(experts), device=device)
-        for done, point in enumerate(mine, 1):
-            losses[experts.index(self.noising.expert(point.level))] += loss(point)
+        for done, (point, counts) in enumerate(mine, 1):
+            value = loss(point)
+            if counts:
+                losses[experts.index(self.noising.expert(point.level))] += value
             self.progress("validating", done, len(mine))
-        means = self.accelerator.reduce(losses, "sum") * len(experts) / len(points)
+        means = self.accelerator.reduce(losses, "sum") * len(experts) / len(points) / self.team
         own = dict(zip(experts, means.tolist(), strict=True)) if len(experts) > 1 else {}
         return {"validation": float(means.mean()), **{f"validation {expert}": mean for expert, mean in own.items()}}
 
     def make_samples(self, step: int) -> None:
-        """Videos or pictures of captions kept out, written by the main process."""
-        if not self.accelerator.is_main_process:
+        """Videos or pictures of captions kept out, written by the main process, and made by it alone unless models or
+        tokens are shared out."""
+        if not (self.sharded or self.team > 1 or self.accelerator.is_main_process):
             return
         for number, index in enumerate(self.exams[: self.lesson.samples]):
             self.progress("making samples", 0, 0)
@@ -161,11 +185,16 @@ class Studio:
                 call["image"] = picture(read_frames(clip, 1, self.lesson.size.height, self.lesson.size.width))
             with _moved(self.pipe, self.accelerator.device, back=torch.device("cpu")):
                 made = generate.generate(self.pipe, clip.caption, seed=self.seed, call_arguments=call)
-            file = self.output / SAMPLES / f"step-{step:06d}-{number}"
-            if generate.takes(self.pipe, "num_frames"):
-                video.write(file.with_suffix(".mp4"), made.frames_FHWC, self.fps)
-            else:
-                Image.fromarray(made.frames_FHWC[0]).save(file.with_suffix(".png"))
+            if self.accelerator.is_main_process:
+                self._keep(made.frames_FHWC, f"step-{step:06d}-{number}")
+
+    def _keep(self, frames_FHWC: video.Frames, name: str) -> None:
+        """A sample, as a picture where the pipeline makes those."""
+        file = self.output / SAMPLES / name
+        if generate.takes(self.pipe, "num_frames"):
+            video.write(file.with_suffix(".mp4"), frames_FHWC, self.fps)
+        else:
+            Image.fromarray(frames_FHWC[0]).save(file.with_suffix(".png"))
 
     def grid_frames(self, frames: int) -> int:
         """Frames of the transformer's grid for a number of video frames."""
@@ -178,7 +207,7 @@ class Studio:
     def identity(self) -> dict[str, Any]:
         """What has to be the same when a training goes on."""
         return {
-            "model": type(self.pipe.transformer).__name__,
+            "model": class_name(self.pipe.transformer),
             "method": self.manner.method.name,
             "method settings": self.manner.method.settings(),
             "schedule": asdict(self.manner.schedule),
@@ -192,7 +221,11 @@ class Studio:
     def at_work(self) -> Iterator[None]:
         """The model with its sparse attention; everything else is out of the device's memory, being on the disk."""
         with ExitStack() as left:
+            if self.sharded:
+                left.enter_context(sharding.quiet())
             left.enter_context(_moved(self.pipe, torch.device("cpu"), back=self.accelerator.device))
+            if self.team > 1:
+                left.enter_context(ulysses.shared_tokens(self.models.values(), self.team, self.accelerator))
             manner = self.manner
             left.enter_context(api.using(self.pipe, manner.method, schedule=manner.schedule, kernel=manner.kernel))
             if self.lesson.checkpointing:
@@ -226,8 +259,9 @@ def open_studio(
     cache: Path | None,
     fps: float,
     progress: Progress,
+    team: int = 1,
 ) -> Studio:
-    """Look over pipeline and clips, and encode what is not in the cache yet.
+    """Look over pipeline and clips, and encode what is not in the cache yet. ``team``: see ``Studio``.
 
     Raises ``TrainingError`` with all that does not fit, and leaves nothing behind then but what is in the cache.
     """
@@ -238,9 +272,13 @@ def open_studio(
     noising = noising_of(pipe, family, generate.steps(pipe, call), call)
     clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
     lessons, exams = _split(len(clips), lesson.validation, seed)
-    (output / SAMPLES).mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(output)
-    pipe.to(accelerator.device)
+    if team > 1:
+        ulysses.check(sharding.transformers(pipe), team, accelerator)
+    (output / SAMPLES).mkdir(parents=True, exist_ok=True)
+    if is_tensorboard_available():
+        accelerator.init_trackers("tensorboard")
+    _move_in(pipe, accelerator)
     cached = prepare(
         pipe,
         family,
@@ -252,6 +290,8 @@ def open_studio(
         on_clip=lambda done, total: progress("encoding clips", done, total),
     )
     accelerator.wait_for_everyone()
+    if team > 1:
+        ulysses.check_tokens(pipe.transformer, cached.sample(0, torch.device("cpu")), team)
     return Studio(
         pipe=pipe,
         family=family,
@@ -265,6 +305,8 @@ def open_studio(
         cache=cached,
         lessons=lessons,
         exams=exams,
+        sharded=sharding.asked(),
+        team=team,
         output=output,
         fps=fps,
         progress=progress,
@@ -280,21 +322,31 @@ def _sized(pipe: Any, call: Mapping[str, Any], size: Size) -> dict[str, Any]:
 
 
 def _accelerator(output: Path) -> Accelerator:
-    """With TensorBoard where that is installed. Raises ``TrainingError`` where accelerate is to share the model out."""
-    tensorboard = is_tensorboard_available()
+    """With TensorBoard where that is installed. Raises ``TrainingError`` for a launch that cannot be followed."""
     accelerator = Accelerator(
-        log_with="tensorboard" if tensorboard else None,
+        log_with="tensorboard" if is_tensorboard_available() else None,
         project_dir=str(output),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    if accelerator.distributed_type not in ALIKE:
+    if accelerator.distributed_type not in SERVED:
         raise TrainingError(
-            f"accelerate was started with {accelerator.distributed_type.value}, and a training here keeps the whole "
-            "model in every process; start it with --multi_gpu, and with --checkpointing where memory is short"
+            f"accelerate was started with {accelerator.distributed_type.value}; start it with --multi_gpu, or where a "
+            "process cannot hold the whole model with --use_fsdp --fsdp_version 2"
         )
-    if tensorboard:
-        accelerator.init_trackers("tensorboard")
+    if sharding.asked():
+        sharding.check(accelerator)
     return accelerator
+
+
+def _move_in(pipe: Any, accelerator: Accelerator) -> None:
+    """Onto the device; transformers that are shared out only by the share of this process."""
+    if not sharding.asked():
+        pipe.to(accelerator.device)
+        return
+    sharding.check_weights(pipe, accelerator)
+    sharding.shard(sharding.transformers(pipe), accelerator)
+    for part in _others(pipe):
+        part.to(accelerator.device)
 
 
 def _split(count: int, validation: int, seed: int) -> tuple[list[int], list[int]]:
@@ -323,8 +375,7 @@ def _checkpointing(model: Any) -> Iterator[None]:
 @contextmanager
 def _moved(pipe: Any, device: torch.device, *, back: torch.device) -> Iterator[None]:
     """Everything but the transformers on another device for a while."""
-    named = pipe.components.items()
-    parts = [part for name, part in named if isinstance(part, nn.Module) and name not in api.TRANSFORMERS]
+    parts = _others(pipe)
     for part in parts:
         part.to(device)
     try:
@@ -332,3 +383,9 @@ def _moved(pipe: Any, device: torch.device, *, back: torch.device) -> Iterator[N
     finally:
         for part in parts:
             part.to(back)
+
+
+def _others(pipe: Any) -> list[nn.Module]:
+    """All models of a pipeline but its transformers."""
+    named = pipe.components.items()
+    return [part for name, part in named if isinstance(part, nn.Module) and name not in api.TRANSFORMERS]
