@@ -151,6 +151,78 @@ def test_a_model_tells_its_size_where_the_pipeline_does_not(falloff, clips: Path
         assert told in recipe
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # between a scheduler of diffusers and numpy
+def test_a_model_whose_autoencoder_works_in_tiles(falloff, tmp_path: Path) -> None:
+    from further_pipes import allegro
+    from tiny_clips import write_clip
+
+    allegro().save_pretrained(tmp_path / "model")
+    (tmp_path / "clips").mkdir()
+    for number in range(2):
+        write_clip(tmp_path / "clips" / f"{number}.mp4", frames=24)
+        (tmp_path / "clips" / f"{number}.txt").write_text("a fox")
+    model = ("--model", tmp_path / "model")
+    train = ("train", "lora", tmp_path / "clips", *model, *METHOD, "--rank", 4, "--steps", 1, "--validation", 1)
+    lora, steps = ("--output", tmp_path / "lora"), ("--inference-steps", 2, "--samples", 0)
+    done = falloff(*train, *steps, *lora)
+    assert done.code == 0, done.err
+    assert "frames: 24" in (tmp_path / "lora" / "recipe.yaml").read_text()
+    way = ("--lora", tmp_path / "lora", "--method", tmp_path / "lora" / "recipe.yaml", "--steps", 1)
+    done = falloff("generate", "a fox", *model, *way, "--output", tmp_path / "fox.mp4")
+    assert done.code == 0, done.err
+    done = falloff(*train, *steps, "--frames", 28, "--output", tmp_path / "other")
+    assert done.code == 1, done.out
+    assert "do not cover num_frames = 28; the nearest are 24 and 40" in done.err
+
+
+def test_a_model_of_pictures_is_trained_on_pictures(falloff, tmp_path: Path) -> None:
+    from further_pipes import flux
+
+    flux().save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 48), (90 * number, 90, 30)).save(tmp_path / "pictures" / f"{number}.jpg")
+        (tmp_path / "pictures" / f"{number}.txt").write_text("a fox")
+    model, small = ("--model", tmp_path / "model"), ("--height", 64, "--width", 64)
+    train = (
+        "train",
+        "lora",
+        tmp_path / "pictures",
+        *model,
+        "--method",
+        "sparge",
+        "--set",
+        "q_block=4",
+        "--rank",
+        4,
+    )
+    course = ("--steps", 1, "--validation", 1, "--samples", 1, "--inference-steps", 2)
+    done = falloff(*train, *course, *small, "--output", tmp_path / "lora")
+    assert done.code == 0, done.err
+    told = " ".join(done.out.split())
+    assert f"--method {tmp_path / 'lora' / 'recipe.yaml'} --height 64 --width 64 --model" in told
+    assert "frames: 1" in (tmp_path / "lora" / "recipe.yaml").read_text()
+    with Image.open(tmp_path / "lora" / "samples" / "step-000001-0.png") as sample:
+        assert sample.size == (64, 64)
+    way = ("--lora", tmp_path / "lora", "--method", tmp_path / "lora" / "recipe.yaml", "--steps", 1)
+    done = falloff("generate", "a fox", *model, *small, *way, "--output", tmp_path / "fox.mp4")
+    assert done.code == 0, done.err
+
+
+def test_sizes_that_pipelines_do_not_tell() -> None:
+    from further_pipes import flux, hunyuan_video15
+
+    from falloff.cli.errors import CommandError
+    from falloff.cli.train_options import size_of, usual_size
+
+    pipe = hunyuan_video15()
+    assert usual_size(pipe, {}) == {"frames": 121, "height": 0, "width": 0}
+    assert size_of(pipe, {"height": 480, "width": 832}) == {"frames": 121, "height": 480, "width": 832}
+    with pytest.raises(CommandError, match="HunyuanVideo15Pipeline has no size of its own; give --width"):
+        size_of(pipe, {"height": 480})
+    assert size_of(flux(), {"height": 512}) == {"frames": 1, "height": 512, "width": 1024}
+
+
 def test_branches_are_trained(falloff, checkpoint: Path, clips: Path, tmp_path: Path) -> None:
     done = falloff(
         *("train", "sparse", clips, "--model", checkpoint, "--set", "density=0.5", "--set", "q_block=4"),

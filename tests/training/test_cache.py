@@ -43,7 +43,7 @@ def test_what_is_there_is_not_made_again(pipe, clips: Path, tmp_path: Path, monk
     assert again.identity() == first.identity()
 
 
-@pytest.mark.parametrize("change", ["caption", "size", "weights", "text"])
+@pytest.mark.parametrize("change", ["caption", "size", "weights", "text", "layers"])
 def test_a_change_makes_new_files(pipe, clips: Path, tmp_path: Path, change: str) -> None:
     from dataclasses import replace
 
@@ -55,8 +55,10 @@ def test_a_change_makes_new_files(pipe, clips: Path, tmp_path: Path, change: str
         size = replace(SIZE, frames=5)
     elif change == "weights":
         next(pipe.vae.parameters()).data += 1
-    else:
+    elif change == "text":
         call["max_sequence_length"] = 4
+    else:
+        call["text_encoder_out_layers"] = (1, 2)  # which Wan's takes no notice of
     after = prepare(pipe, family, found[:1], size, call, tmp_path)
     assert before.clips != after.clips
     assert before.identity() != after.identity()

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_clips import write_clip
 
 from falloff.training import TrainingError
 from falloff.training.data import Clip, find, read_frames, usable
+
+ORIENTATION = 0x0112
+"""What EXIF calls the turn that a picture is to be shown with."""
 
 
 def shard(file: Path, members: dict[str, bytes]) -> None:
@@ -105,6 +109,45 @@ def test_bad_lines_and_shards_are_faults(tmp_path: Path, video: Path) -> None:
     shard(other / "b.tar", {"1.mp4": video.read_bytes()})
     _, faults = find(other)
     assert [name for name, _ in faults] == ["a.tar", "b.tar/1.mp4"]
+
+
+def test_pictures_are_clips_of_one_frame(tmp_path: Path, video: Path) -> None:
+    pixels = torch.randint(256, (6, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Image.fromarray(pixels.numpy())
+    picture.save(tmp_path / "a.png")
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    picture.rotate(90, expand=True).save(tmp_path / "b.WEBP", lossless=True, exif=turned)
+    (tmp_path / "c.mp4").write_bytes(video.read_bytes())
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("a fox")
+    assert [clip.name for clip in usable(tmp_path, 1)] == ["a.png", "b.WEBP", "c.mp4"]
+    assert [clip.name for clip in usable(tmp_path, 9)] == ["c.mp4"]
+    expected = pixels.permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    for clip in usable(tmp_path, 1)[:2]:  # the second was taken with the camera on its side
+        torch.testing.assert_close(read_frames(clip, 1, 6, 4), expected)
+
+
+def test_pictures_are_found_in_every_form_and_faults_told(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(content, "png")
+    (tmp_path / "b.png").write_bytes(content.getvalue())
+    (tmp_path / "all.jsonl").write_text(json.dumps({"file": "b.png", "caption": "red"}))
+    assert [clip.caption for clip in usable(tmp_path, 1)] == ["red"]
+    with pytest.raises(TrainingError, match=r"b\.png: is a picture, and 9 frames are to be trained on"):
+        usable(tmp_path, 9)
+    other = tmp_path / "other"
+    other.mkdir()
+    broken = {"2.jpg": b"no picture", "2.txt": b"a", "3.png": content.getvalue()[:50], "3.txt": b"a", "4.png": b""}
+    shard(other / "a.tar", {"1.png": content.getvalue(), "1.txt": b"red", **broken})
+    with pytest.raises(
+        TrainingError, match=r"3 files .*2\.jpg: cannot be read.*3\.png: cannot be read.*4\.png: no cap"
+    ):
+        usable(other, 1)
+    found, _ = find(other, (".png",))
+    assert read_frames(found[0], 1, 4, 4).shape == (1, 3, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"."):
+        read_frames(found[1], 1, 4, 4)
 
 
 @pytest.mark.parametrize("missing", [True, False])

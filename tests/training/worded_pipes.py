@@ -16,14 +16,28 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from further_pipes import hunyuan_video15
 from tiny_cogvideox import cogvideox
+from tiny_hunyuan_video import hunyuan_video
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from worded import pipeline
 
 BOUNDARY = 0.75
-IMAGES = ("2.1", "2.2", "2.2 5B", "SkyReels-V2", "LTX", "CogVideoX", "CogVideoX 1.5")
+IMAGES = (
+    "2.1",
+    "2.2",
+    "2.2 5B",
+    "SkyReels-V2",
+    "LTX",
+    "CogVideoX",
+    "CogVideoX 1.5",
+    "HunyuanVideo",
+    "HunyuanVideo 33ch",
+    "HunyuanVideo 1.5",
+)
 """The kinds of image to video: with a second view of the image by CLIP, with two experts, in place of a frame,
-another model like the first, in place of a frame's tokens, and beside a diffusion."""
+another model like the first, in place of a frame's tokens, beside a diffusion, and seen by the text encoder: in place
+of a frame, and beside it; and of a size that it tells."""
 
 
 def experts() -> WanPipeline:
@@ -36,6 +50,10 @@ def experts() -> WanPipeline:
 def image_to_video(kind: str) -> Any:
     if kind.startswith("CogVideoX"):
         return cogvideox(patched_frames="1.5" in kind, image=True)
+    if kind == "HunyuanVideo 1.5":
+        return hunyuan_video15(image=True)
+    if kind.startswith("HunyuanVideo"):
+        return hunyuan_video(beside="33ch" in kind)
     parts = pipeline().components
     if kind == "SkyReels-V2":
         known = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}

@@ -52,6 +52,8 @@ class Checkpoint:
 
 
 DECODER = "LPDPipeline"
+IN_TILES = "AutoencoderKLAllegro"
+"""An autoencoder that encodes and decodes in tiles alone, and in any number of frames that these cover."""
 
 
 def find(model: str | None, *, by_class: bool = False) -> Checkpoint:
@@ -147,6 +149,8 @@ def _check_family(index: dict[str, Any], name: str) -> None:
 
 
 def _frames_factor(vae: dict[str, Any]) -> int | None:
+    if vae.get("_class_name") == IN_TILES:
+        return None
     for key in ("scale_factor_temporal", "temporal_compression_ratio"):
         if isinstance(vae.get(key), int):
             return int(vae[key])

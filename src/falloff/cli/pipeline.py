@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from falloff.cli.checkpoint import Checkpoint
+from falloff.cli.checkpoint import IN_TILES, Checkpoint
 from falloff.cli.errors import CommandError, told
 
 
@@ -48,19 +48,29 @@ def load(checkpoint: Checkpoint, family: Any = None, *, move: bool = True) -> An
     broken = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
     with told(*broken, before=f"cannot load {checkpoint.source}: "):
         pipe = (family or DiffusionPipeline).from_pretrained(checkpoint.source, dtype=dtypes)
+        if type(getattr(pipe, "vae", None)).__name__ == IN_TILES:
+            pipe.vae.enable_tiling()
         return pipe.to(device) if move else pipe
+
+
+COUNT_LATENT_FRAMES = ("AllegroPipeline",)
+"""Pipelines whose transformer tells its own number of frames in those of the latents."""
 
 
 def size(pipe: Any, call: Mapping[str, Any], name: str) -> int | None:
     """``num_frames``, ``height`` or ``width`` of a pipeline call: as asked, by the default of the pipeline or, as
-    CogVideoX has them, of its transformer; ``None`` where the pipeline finds it otherwise."""
+    CogVideoX has them, of its transformer, or as a pipeline of pictures has them, its own; ``None`` where the pipeline
+    finds it otherwise."""
     from falloff.evaluation import generate
 
     if not generate.takes(pipe, name):
         return None
-    scale = 1 if name == "num_frames" else getattr(pipe, "vae_scale_factor_spatial", 1)
+    of_latents = name != "num_frames" or type(pipe).__name__ in COUNT_LATENT_FRAMES
+    axis = "temporal" if name == "num_frames" else "spatial"
+    scale = getattr(pipe, f"vae_scale_factor_{axis}", 1) if of_latents else 1
     sample = pipe.transformer.config.get(f"sample_{name.removeprefix('num_')}") or 0
-    found = call.get(name) or generate.default(pipe, name) or scale * sample
+    own = 0 if name == "num_frames" else getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 1)
+    found = call.get(name) or generate.default(pipe, name) or scale * sample or own
     return found if isinstance(found, int) and found else None
 
 

@@ -45,7 +45,7 @@ def lora(
 
         what = Lora(
             size=Size(**bench.size),
-            trained_frames=bench.usual["frames"],
+            trained_frames=bench.usual["frames"] or bench.size["frames"],
             rank=rank,
             rope=rope,  # type: ignore[arg-type]  # Lora checks it
             uncaptioned=uncaptioned,

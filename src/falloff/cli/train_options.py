@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from falloff.methods.base import Method
     from falloff.schedule import Schedule
 
-Videos = Annotated[Path, typer.Argument(help="Folder of videos with a .txt beside each, or a .jsonl, or .tar shards.")]
+Videos = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of videos, or pictures for a model of those, with a .txt beside each, or a .jsonl, or .tar shards."
+    ),
+]
 Method_ = Annotated[
     str, typer.Option("--method", help="How attention is computed, one of 'falloff methods', or a recipe's .yaml file.")
 ]
@@ -52,9 +57,14 @@ CacheFolder = Annotated[
 Output = Annotated[Path, typer.Option(help="Folder for what is trained; a training there is gone on with.")]
 
 
+ARGUMENTS = {"frames": "num_frames", "height": "height", "width": "width"}
+"""What a pipeline calls the parts of a size."""
+
+
 @dataclass(frozen=True)
 class Bench:
-    """A loaded pipeline and what it is to be trained for. ``size``, ``usual``: of the videos, asked for and default."""
+    """A loaded pipeline and what it is to be trained for. ``size``, ``usual``: of the videos, asked for and default,
+    where 0 is what the pipeline has no default for."""
 
     pipe: Any
     method: Method
@@ -104,7 +114,7 @@ def bench(
             if isinstance(way, Recipe):
                 api.check_recipe(pipe, way)
                 way = way.method
-            size, usual = _size(pipe, call), _size(pipe, checkpoint.defaults)
+            size, usual = size_of(pipe, call), usual_size(pipe, checkpoint.defaults)
             yield Bench(pipe, way, chosen.schedule, call, size, usual, checkpoint.fps, _shown(progress))
 
 
@@ -138,8 +148,14 @@ def _shown(progress: Steps) -> Callable[[str, int, int], None]:
 
 def options_of(bench: Bench, model: str | None) -> str:
     """What another command is to be given for videos of the same size by the same model."""
-    sizes = {name: value for name, value in bench.size.items() if name == "frames" or value != bench.usual[name]}
-    given = {**sizes, **({"model": model} if model else {})}
+    from falloff.evaluation import generate
+
+    told = {
+        name: value
+        for name, value in bench.size.items()
+        if generate.takes(bench.pipe, ARGUMENTS[name]) and (name == "frames" or value != bench.usual[name])
+    }
+    given = {**told, **({"model": model} if model else {})}
     return " ".join(f"--{name} {value}" for name, value in given.items())
 
 
@@ -150,14 +166,21 @@ def precision_of(text: str | None) -> Any:
     return text or ("bf16" if torch.cuda.is_available() else "no")
 
 
-def _size(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
-    """Frames, height and width of a pipeline call."""
-    from falloff.cli import pipeline
-
-    found = {}
-    for name, label in (("num_frames", "frames"), ("height", "height"), ("width", "width")):
-        value = pipeline.size(pipe, call, name)
-        if value is None:
+def size_of(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
+    """Frames, height and width of a pipeline call. Raises ``CommandError`` for one that neither tells."""
+    found = usual_size(pipe, call)
+    for label, value in found.items():
+        if not value:
             raise CommandError(f"{type(pipe).__name__} has no size of its own; give --{label}", USAGE)
-        found[label] = value
+    return found
+
+
+def usual_size(pipe: Any, call: Mapping[str, Any]) -> dict[str, int]:
+    """Frames, height and width of a pipeline call, or 0; a picture is one frame, unless more are asked for."""
+    from falloff.cli import pipeline
+    from falloff.evaluation import generate
+
+    found = {label: pipeline.size(pipe, call, name) or call.get(name, 0) for label, name in ARGUMENTS.items()}
+    if not generate.takes(pipe, "num_frames"):
+        found["frames"] = call.get("num_frames", 1)
     return found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from falloff.hosts import host_for
 from falloff.recipe import Recipe, RecipeError
+from falloff.training import injected
 from falloff.training.errors import TrainingError
 from falloff.training.length import riflex
 from falloff.training.noising import FIRST, SECOND
@@ -25,6 +26,8 @@ WEIGHTS, SECOND_WEIGHTS, RECIPE = (
 """What diffusers calls the weights of a LoRA, and what lies beside ours: the LoRA of a second transformer, which
 diffusers loads from a file of its own alone, and the recipe."""
 FILES = {FIRST: WEIGHTS, SECOND: SECOND_WEIGHTS}
+LOADS, LOADS_ITSELF = "load_lora_weights", "load_lora_adapter"
+"""How pipelines load a LoRA, and how transformers do whose pipeline does not; some can neither."""
 
 
 def projections(model: nn.Module) -> list[str]:
@@ -54,7 +57,8 @@ def adapted(model: Any, rank: int, seed: int) -> Iterator[dict[str, nn.Parameter
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections(model)), NAME)
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=projections(model))
+            model.add_adapter(config, NAME) if hasattr(model, "add_adapter") else injected.add(model, config, NAME)
         trained = {name: p for name, p in model.named_parameters() if f".{NAME}." in name}
         for parameter in trained.values():
             parameter.data = parameter.data.float()
@@ -88,13 +92,26 @@ def _take_off(model: Any) -> None:
     """Our LoRA; with the last of them the layers are the model's own again."""
     adapters = getattr(model, "peft_config", {})
     if set(adapters) == {NAME}:
-        model.unload_lora()
+        _unload(model)
     elif NAME in adapters:
-        model.delete_adapters(NAME)
+        model.delete_adapters(NAME) if hasattr(model, "delete_adapters") else injected.delete(model, NAME)
+
+
+def _unload(model: Any) -> None:
+    model.unload_lora() if hasattr(model, "unload_lora") else injected.remove(model)
+
+
+def unload(pipe: Any) -> None:
+    """Take every LoRA off a pipeline."""
+    if hasattr(pipe, LOADS):
+        pipe.unload_lora_weights()
+    else:
+        _unload(pipe.transformer)
 
 
 def save(pipe: Any, folder: Path) -> None:
-    """Write the LoRA of every transformer as ``pipe.load_lora_weights`` reads it, beside its place first."""
+    """Write the LoRA of every transformer as ``pipe.load_lora_weights`` reads it, beside its place first; and in the
+    same layout, which ``pipe.transformer.load_lora_adapter`` reads, where the pipeline itself loads none."""
     from peft import get_peft_model_state_dict
 
     for expert, file in FILES.items():
@@ -103,21 +120,32 @@ def save(pipe: Any, folder: Path) -> None:
             continue
         state = get_peft_model_state_dict(model, adapter_name=NAME)
         beside = f"{file}.part"
-        pipe.save_lora_weights(folder, transformer_lora_layers=state, weight_name=beside)
+        if hasattr(pipe, "save_lora_weights"):
+            pipe.save_lora_weights(folder, transformer_lora_layers=state, weight_name=beside)
+        else:
+            _write(state, folder / beside)
         (folder / beside).replace(folder / file)
+
+
+def _write(state: Mapping[str, Tensor], file: Path) -> None:
+    """The LoRA of the first transformer."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"{FIRST}.{name}": x.cpu().contiguous() for name, x in state.items()}, file, metadata={"format": "pt"})
 
 
 @contextmanager
 def loaded(pipe: Any, source: str | Path) -> Iterator[None]:
-    """A pipeline with a LoRA, of ours or another, by ``pipe.load_lora_weights``; and with the positions it was
-    trained for, where a recipe beside it tells them.
+    """A pipeline with a LoRA, of ours or another, by ``pipe.load_lora_weights`` or, where the pipeline has no such
+    thing, by its transformer; and with the positions it was trained for, where a recipe beside it tells them.
 
     A folder with a LoRA for a second transformer has that loaded too; a file is the LoRA of the first, or the second's
     where its name is ours for that.
 
     Raises ``TrainingError`` for what is no LoRA, or the LoRA of another model.
     """
-    if not hasattr(pipe, "load_lora_weights"):
+    if not hasattr(pipe, LOADS) and not hasattr(pipe, FIRST):
         raise TrainingError(f"{type(pipe).__name__} loads no LoRA")
     files = _files(Path(source))
     for expert, file in files.items():
@@ -127,15 +155,19 @@ def loaded(pipe: Any, source: str | Path) -> Iterator[None]:
     with ExitStack() as left:
         for expert, file in files.items():
             _load(pipe, expert, file)
-            left.callback(pipe.unload_lora_weights)
+            left.callback(unload, pipe)
         _move(pipe, file.parent / RECIPE, left)
         yield
 
 
 def _load(pipe: Any, expert: str, file: Path) -> None:
     second = {} if expert == FIRST else {f"load_into_{expert}": True}
+    loader = getattr(pipe, LOADS, None) or getattr(pipe.transformer, LOADS_ITSELF, None)
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=NAME, **second)
+        if loader is None:
+            injected.load(pipe.transformer, file, f"{FIRST}.", NAME)
+        else:
+            loader(str(file.parent), weight_name=file.name, adapter_name=NAME, **second)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:  # its converters raise whatever they meet
         raise TrainingError(f"diffusers cannot load {file} into {type(pipe).__name__}: {error}") from error
 

@@ -27,6 +27,8 @@ from falloff.training.family import Family, Sample
 FORMAT = 1
 """Raised when the content of a file changes its meaning."""
 TEXT, IMAGE = "text.", "image."
+ABOUT_TEXT = ("clean_caption", "image_embed_interleave", "text_encoder_out_layers")
+"""Call arguments of some families that bear on text, besides its length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,8 @@ def _places(
 ) -> Cache:
     given = family.given(pipe)
     encoders = [fingerprint(part) for _, part in sorted(pipe.components.items()) if _encodes(part)]
-    common = [FORMAT, type(pipe).__name__, encoders, call.get("max_sequence_length"), *[given][:given]]
+    asked = [[name, call[name]] for name in ABOUT_TEXT if name in call]
+    common = [FORMAT, type(pipe).__name__, encoders, call.get("max_sequence_length"), *[given][:given], *asked]
     shape = [size.frames, size.height, size.width]
     named = [folder / f"{_hash([*common, shape, clip.stamp()])}.safetensors" for clip in clips]
     return Cache(tuple(named), folder / f"{_hash([*common, 'empty'])}.safetensors", given)
@@ -126,8 +129,11 @@ def fingerprint(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def _encoded(pipe: Any, family: Family, video: Tensor, caption: str, call: Mapping[str, Any]) -> dict[str, Tensor]:
     vae = pipe.vae
-    latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
-    image = {} if family.image is None else family.image(pipe, picture(video), call)
+    latents = family.encode(vae, video.to(vae.device, vae.dtype))
+    image = {}
+    if family.image is not None:
+        call = {**call, "image": picture(video)}
+        image = family.image(pipe, call["image"], call)
     return {
         "latents": family.latents(pipe, latents),
         "size": torch.tensor(latents.shape[2:]),

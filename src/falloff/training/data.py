@@ -1,8 +1,9 @@
-"""Videos with captions from plain files: found, looked over, and read.
+"""Videos with captions from plain files, or pictures: found, looked over, and read.
 
 A folder itself, not those in it, holds videos each with a .txt of the same stem beside it; or one .jsonl whose lines
 are ``{"file": ..., "caption": ...}``; or .tar shards as WebDataset names their members: what a name has before its
-first dot belongs together, so that ``0001.mp4`` goes with ``0001.txt``.
+first dot belongs together, so that ``0001.mp4`` goes with ``0001.txt``. Where a single frame is trained on, pictures
+are as good as videos.
 """
 
 from __future__ import annotations
@@ -14,26 +15,36 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from falloff.training.errors import TrainingError
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files that are no picture; one too large to be safe has an error of its own."""
 Fault = tuple[str, str]
 """A file's name, and what is wrong with it."""
-FORMS = "videos with a .txt beside each, one .jsonl with file and caption, or .tar shards"
+FORMS = "videos (or pictures, for one frame) with a .txt beside each, one .jsonl with file and caption, or .tar shards"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file, or a member of a .tar shard, and what it shows. ``name``: for people."""
+    """A video or picture file, or a member of a .tar shard, and what it shows. ``name``: for people."""
 
     name: str
     caption: str
     file: Path
     member: str | None = None
+
+    @property
+    def pictured(self) -> bool:
+        """Whether it is a picture, by its name."""
+        return (self.member or self.file.name).lower().endswith(PICTURES)
 
     def content(self) -> bytes:
         if self.member is None:
@@ -53,7 +64,7 @@ def usable(folder: Path, frames: int, on_clip: Callable[[int, int], None] = lamb
     Raises ``TrainingError`` that lists every file which has no caption, cannot be read or is shorter than ``frames``,
     and for a folder with nothing usable.
     """
-    clips, faults = find(folder)
+    clips, faults = find(folder, (*VIDEOS, *PICTURES) if frames == 1 else VIDEOS)
     if not clips and not faults:
         raise TrainingError(f"{folder} holds nothing to train on; it takes {FORMS}")
     for done, clip in enumerate(clips, 1):
@@ -71,13 +82,16 @@ def refuse(faults: Sequence[Fault], total: int) -> None:
         raise TrainingError(f"{len(faults)} files cannot be trained on (remove or replace them): {listed}")
 
 
-def words(error: OSError | ValueError) -> str:
+def words(error: Exception) -> str:
     """An error without the number that PyAV gives it."""
     return getattr(error, "strerror", None) or str(error)
 
 
-def find(folder: Path) -> tuple[list[Clip], list[Fault]]:
-    """All clips of a folder, and the files that are none. Raises ``TrainingError`` for what is no folder."""
+def find(folder: Path, kinds: tuple[str, ...] = VIDEOS) -> tuple[list[Clip], list[Fault]]:
+    """All clips of a folder whose names end in ``kinds``, or that a list tells, and the files that are none.
+
+    Raises ``TrainingError`` for what is no folder.
+    """
     if not folder.is_dir():
         raise TrainingError(f"there is no folder {folder}; give one with {FORMS}")
     lists, shards = sorted(folder.glob("*.jsonl")), sorted(folder.glob("*.tar"))
@@ -86,9 +100,9 @@ def find(folder: Path) -> tuple[list[Clip], list[Fault]]:
     if lists:
         return _listed(lists[0])
     if shards:
-        found = [_in_shard(shard) for shard in shards]
+        found = [_in_shard(shard, kinds) for shard in shards]
         return [clip for clips, _ in found for clip in clips], [fault for _, faults in found for fault in faults]
-    return _beside(sorted(file for file in folder.iterdir() if file.suffix.lower() in VIDEOS))
+    return _beside(sorted(file for file in folder.iterdir() if file.suffix.lower() in kinds))
 
 
 def read_frames(clip: Clip, frames: int, height: int, width: int) -> Tensor:
@@ -97,7 +111,8 @@ def read_frames(clip: Clip, frames: int, height: int, width: int) -> Tensor:
     A picture of another size is scaled until it covers the wanted one, and cut to it around its middle. Raises
     ``OSError`` or ``ValueError`` for what cannot be decoded.
     """
-    pictures = [_fitted(picture, height, width) for picture in _decoded(clip.content(), frames)]
+    decoded = iter([_picture(clip.content())]) if clip.pictured else _decoded(clip.content(), frames)
+    pictures = [_fitted(picture, height, width) for picture in decoded]
     if len(pictures) < frames:
         raise ValueError(f"only {len(pictures)} of {frames} frames can be decoded")
     return torch.stack(pictures, dim=1)[None]
@@ -136,14 +151,14 @@ def _listed(file: Path) -> tuple[list[Clip], list[Fault]]:
     return sorted(clips, key=lambda clip: clip.name), faults
 
 
-def _in_shard(shard: Path) -> tuple[list[Clip], list[Fault]]:
+def _in_shard(shard: Path, kinds: tuple[str, ...]) -> tuple[list[Clip], list[Fault]]:
     clips: list[Clip] = []
     faults: list[Fault] = []
     try:
         with tarfile.open(shard) as members:
             names = [member.name for member in members if member.isfile()]
             captions = {_key(name): name for name in names if name.endswith(".txt")}
-            for name in sorted(name for name in names if name.lower().endswith(VIDEOS)):
+            for name in sorted(name for name in names if name.lower().endswith(kinds)):
                 shown, text = f"{shard.name}/{name}", captions.get(_key(name))
                 if text is None:
                     faults.append((shown, f"no caption: the shard has no {_key(name)}.txt"))
@@ -175,7 +190,9 @@ def _member(shard: tarfile.TarFile, name: str) -> bytes:
 
 
 def _fault(clip: Clip, frames: int) -> str | None:
-    """Why a clip cannot be used, from what its container says; its pictures are not decoded."""
+    """Why a clip cannot be used, from what its container says; its frames are not decoded."""
+    if clip.pictured:
+        return _fault_of_picture(clip) if frames == 1 else f"is a picture, and {frames} frames are to be trained on"
     import av
 
     try:
@@ -186,6 +203,25 @@ def _fault(clip: Clip, frames: int) -> str | None:
     except (OSError, ValueError) as error:  # PyAV's errors are both
         return f"cannot be read: {words(error)}"
     return None if count >= frames else f"has {count} frames, fewer than the {frames} to train on"
+
+
+def _fault_of_picture(clip: Clip) -> str | None:
+    try:
+        with Image.open(io.BytesIO(clip.content())) as found:
+            found.verify()
+    except BROKEN as error:
+        return f"cannot be read: {words(error)}"
+    return None
+
+
+def _picture(content: bytes) -> Tensor:
+    """Upright as its camera noted, float [3, height, width] in -1 to 1."""
+    try:
+        with Image.open(io.BytesIO(content)) as found:
+            pixels = np.array(ImageOps.exif_transpose(found).convert("RGB"))
+    except BROKEN as error:
+        raise ValueError(words(error)) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 def _decoded(content: bytes, frames: int) -> Iterator[Tensor]:

@@ -6,8 +6,8 @@ A flow goes in a straight line, a = 1 - s and b = s, and its model puts out the 
 (arXiv:2403.03206, section 3.1), shifted as the scheduler shifts its levels: s' = shift s / (1 + (shift - 1) s).
 
 A diffusion goes along a circle, a = sqrt(alpha), b = sqrt(1 - alpha), with alpha of the scheduler's table, and its
-model puts out the velocity there, sqrt(alpha) noise - sqrt(1 - alpha) x_0 (arXiv:2202.00512, section 4). The steps of
-its table are drawn alike.
+model puts out the velocity there, sqrt(alpha) noise - sqrt(1 - alpha) x_0 (arXiv:2202.00512, section 4), or the noise
+(arXiv:2006.11239). The steps of its table are drawn alike.
 
 Where a schedule keeps some of the sampler's steps dense, a level counts as the step whose own level is nearest. Where a
 pipeline has two transformers, a level is the lesson of the one that the pipeline has at work there.
@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -91,9 +91,11 @@ class Flow(Noising):
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(Noising):
-    """A quarter of a circle. ``alphas``: the scheduler's table, whose step t is at the noise level t / (T - 1)."""
+    """A quarter of a circle. ``alphas``: the scheduler's table, whose step t is at the noise level t / (T - 1).
+    ``predicts``: what the model puts out, as schedulers name it."""
 
     alphas: tuple[float, ...]
+    predicts: Literal["v_prediction", "epsilon"] = "v_prediction"
 
     def draw(self, generator: torch.Generator) -> float:
         return int(torch.randint(len(self.alphas), (), generator=generator)) / (len(self.alphas) - 1)
@@ -103,6 +105,8 @@ class Diffusion(Noising):
         return math.sqrt(alpha), math.sqrt(1 - alpha)
 
     def aim(self, level: float) -> Weights:
+        if self.predicts == "epsilon":
+            return 0.0, 1.0
         clean, noise = self.mix(level)
         return -noise, clean
 
@@ -144,12 +148,13 @@ def _flow(scheduler: Any, family: Family, pipe: Any, steps: int, call: Mapping[s
 
 def _diffusion(scheduler: Any, family: Family, pipe: Any, steps: int, call: Mapping[str, Any]) -> Diffusion:
     predicted = scheduler.config.get("prediction_type")
-    if predicted != "v_prediction" or not hasattr(scheduler, "alphas_cumprod"):
+    assert family.diffuses is not None
+    if predicted != family.diffuses or not hasattr(scheduler, "alphas_cumprod"):
         raise TrainingError(
-            f"{type(scheduler).__name__} with prediction_type={predicted!r} is no diffusion scheduler of velocities, "
-            f"and {type(pipe).__name__} is trained by those; use the scheduler of its checkpoint"
+            f"{type(scheduler).__name__} with prediction_type={predicted!r} is no diffusion scheduler of the kind that "
+            f"{type(pipe).__name__} is trained with, {family.diffuses!r}; use the scheduler of its checkpoint"
         )
     scheduler.set_timesteps(**family.timetable(pipe, steps, call))
     alphas = scheduler.alphas_cumprod.tolist()
     levels = tuple(t / (len(alphas) - 1) for t in scheduler.timesteps.tolist())
-    return Diffusion(alphas=tuple(alphas), levels=levels, boundary=family.boundary(pipe))
+    return Diffusion(alphas=tuple(alphas), predicts=predicted, levels=levels, boundary=family.boundary(pipe))

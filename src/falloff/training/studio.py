@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
+from PIL import Image
 from torch import Tensor, nn
 
 from falloff import api
@@ -31,6 +32,8 @@ from falloff.training.noising import Noising, noising_of
 from falloff.training.objective import Point, point_at, validation_points, velocity
 
 SAMPLES = "samples"
+SIZE = ("num_frames", "height", "width")
+"""What pipeline calls name the parts of a size."""
 PATIENCE = timedelta(days=1)
 """How long processes wait for one another: a sample is a whole video, made by one while all others wait."""
 SERVED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
@@ -168,19 +171,30 @@ class Studio:
         return {"validation": float(means.mean()), **{f"validation {expert}": mean for expert, mean in own.items()}}
 
     def make_samples(self, step: int) -> None:
-        """Videos of captions kept out, written by the main process, and made by it alone unless models or tokens are
-        shared out."""
+        """Videos or pictures of captions kept out, written by the main process, and made by it alone unless models or
+        tokens are shared out."""
         if not (self.sharded or self.team > 1 or self.accelerator.is_main_process):
             return
         for number, index in enumerate(self.exams[: self.lesson.samples]):
             self.progress("making samples", 0, 0)
             clip, call = self.clips[index], dict(self.call)
+            for name in SIZE:  # which some take from the picture, or make one frame alone
+                if not generate.takes(self.pipe, name):
+                    del call[name]
             if self.family.image is not None:
                 call["image"] = picture(read_frames(clip, 1, self.lesson.size.height, self.lesson.size.width))
             with _moved(self.pipe, self.accelerator.device, back=torch.device("cpu")):
                 made = generate.generate(self.pipe, clip.caption, seed=self.seed, call_arguments=call)
             if self.accelerator.is_main_process:
-                video.write(self.output / SAMPLES / f"step-{step:06d}-{number}.mp4", made.frames_FHWC, self.fps)
+                self._keep(made.frames_FHWC, f"step-{step:06d}-{number}")
+
+    def _keep(self, frames_FHWC: video.Frames, name: str) -> None:
+        """A sample, as a picture where the pipeline makes those."""
+        file = self.output / SAMPLES / name
+        if generate.takes(self.pipe, "num_frames"):
+            video.write(file.with_suffix(".mp4"), frames_FHWC, self.fps)
+        else:
+            Image.fromarray(frames_FHWC[0]).save(file.with_suffix(".png"))
 
     def grid_frames(self, frames: int) -> int:
         """Frames of the transformer's grid for a number of video frames."""
@@ -252,8 +266,9 @@ def open_studio(
     Raises ``TrainingError`` with all that does not fit, and leaves nothing behind then but what is in the cache.
     """
     family = family_of(pipe)
-    size = {"num_frames": lesson.size.frames, "height": lesson.size.height, "width": lesson.size.width}
-    call = {**call, **size}
+    call = _sized(pipe, call, lesson.size)
+    if (reason := family.unfit(pipe, call)) is not None:
+        raise TrainingError(f"{type(pipe).__name__} cannot be trained on this size: {reason}")
     noising = noising_of(pipe, family, generate.steps(pipe, call), call)
     clips = usable(videos, lesson.size.frames, lambda done, total: progress("looking at clips", done, total))
     lessons, exams = _split(len(clips), lesson.validation, seed)
@@ -296,6 +311,14 @@ def open_studio(
         fps=fps,
         progress=progress,
     )
+
+
+def _sized(pipe: Any, call: Mapping[str, Any], size: Size) -> dict[str, Any]:
+    """The call for a size. Raises ``TrainingError`` where the pipeline makes pictures and is to be trained on more than
+    one frame."""
+    if size.frames != 1 and not generate.takes(pipe, "num_frames"):
+        raise TrainingError(f"{type(pipe).__name__} makes pictures, and {size.frames} frames are asked for; give 1")
+    return {**call, **dict(zip(SIZE, (size.frames, size.height, size.width), strict=True))}
 
 
 def _accelerator(output: Path) -> Accelerator:
