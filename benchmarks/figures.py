@@ -142,21 +142,26 @@ def method_figures(name: str) -> str:
         frames = result["call_arguments"]["num_frames"]
         found = [arm for arm in result["methods"] if arm["method"] == name]
         rows += [[f"{frames} frames, {row[0]}", *row[1:]] for row in map(method_row, found)]
-        sources.append(source(result, path, "../../"))
+        sources += [source(result, path, "../../")] if found else []
     return table(METHOD_HEAD, rows) + "\n\n" + "\n".join(sources)
 
 
 def arms_figures(name: str) -> str:
-    """A comparison of a few settings, with the range of their speed-ups."""
-    path = RESULTS / f"{name}-miniature-065.json"
-    result = json.loads(path.read_text())
-    rows = []
-    for arm in result["methods"]:
-        label, *figures, speedup, planning = method_row(arm)
-        low, high = min(arm["speedups"]), max(arm["speedups"])
-        rows.append([label, *figures, f"{speedup} ({low:.2f} to {high:.2f})", planning])
-    told = f"{len(result['pairs'])} prompts of the miniature, 65 frames:"
-    return "\n\n".join([told, table(METHOD_HEAD, rows), source(result, path, "../../")])
+    """Comparisons of a few settings, with the range of their speed-ups where there were several prompts."""
+    parts = []
+    for path in sorted(RESULTS.glob(f"{name}-miniature-*.json")):
+        result = json.loads(path.read_text())
+        rows = []
+        for arm in result["methods"]:
+            label, *figures, speedup, planning = method_row(arm)
+            low, high = min(arm["speedups"]), max(arm["speedups"])
+            spread = "" if low == high else f" ({low:.2f} to {high:.2f})"
+            rows.append([label, *figures, speedup + spread, planning])
+        count = len(result["pairs"])
+        what = "1 prompt" if count == 1 else f"{count} prompts"
+        told = f"{what} of the miniature, {result['call_arguments']['num_frames']} frames:"
+        parts += [told, table(METHOD_HEAD, rows), source(result, path, "../../")]
+    return "\n\n".join(parts)
 
 
 METHOD_HEAD = ["method", "density", "effective", "attention kept", "PSNR", "speed-up", "planning, of the time"]
@@ -167,14 +172,20 @@ def method_results() -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path, json.loads(path.read_text())
 
 
+BUSY = 0.05
+"""Share of the processors that others took from which on it is told beside a time."""
+
+
 def method_row(arm: dict[str, Any]) -> list[str]:
+    taken = max((share for share in arm.get("others", []) if share is not None), default=0.0)
+    busy = f" (others took {taken:.0%} of the processors)" if taken > BUSY else ""
     return [
         arm["label"],
         f"{arm['density']:.1%}",
         f"{arm['effective_density']:.1%}",
         f"{arm['recall']:.1%}",
         decibels(arm["psnr"]),
-        f"{arm['speedup']:.2f}x",
+        f"{arm['speedup']:.2f}x{busy}",
         f"{arm['plan_seconds'] / fmean(arm['seconds']):.1%}",
     ]
 
