@@ -28,13 +28,11 @@ def spared(
     """
     q, k, order = channels_together(looked_BHRD), channels_together(keys_BHND), order_BHN.contiguous()
     batch, heads, rows, channels = q.shape
-    blocks, width = sizes_BHC.shape[2], compiled.width(SOURCE)
-    first, at = starts(sizes_BHC), starts(-(-sizes_BHC // width))
+    blocks, first = sizes_BHC.shape[2], starts(sizes_BHC)
     out = q.new_empty(batch, heads, rows // per_cluster, blocks)
-    call = Call(batch=batch, heads=heads, channels=channels, panels=int(at[..., -1].max()), scale=scale)
+    call = Call(batch=batch, heads=heads, channels=channels, scale=scale)
     call.rows.blocks, call.rows.tokens = rows // per_cluster, rows
     call.columns = side(order, first, blocks, k.shape[2])
-    call.at = at.data_ptr()
     for name, x in (("q", q), ("k", k), ("out", out)):
         setattr(call, name, Strided(x.data_ptr(), *x.stride()[:3]))
     call.threads = compiled.threads(q.numel() * k.shape[2])

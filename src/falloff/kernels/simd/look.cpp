@@ -1,111 +1,159 @@
 // What leaving a block of keys to its mean costs some queries, float32. look.py compiles it and says what it computes.
+//
+// Queries lie side by side in vectors and keys come one by one, so that sums over a block's keys are additions of
+// vectors.
+
+#include <cfloat>
 
 #include "packed.hpp"
 #include "threads.hpp"
 
 namespace {
 
-struct Scratch {
-  std::vector<int64_t> token;
-  Buffer queries, scores, at_means, error, sum;
+constexpr int64_t LANES = 96;  // queries looked at together, or one block of more
+constexpr int64_t KEYS = 60;   // whose scores are held: whole strips
+
+// Of every block of keys and every query: the largest score so far, sums of weights relative to that, of their squares,
+// and the score of the block's mean.
+struct Seen {
+  Buffer top, weight, square, at_mean;
 };
 
-float added(Vec x) {
-  alignas(64) float lane[W];
-  *(Vec *)lane = x;
-  UNROLL for (int half = W / 2; half; half /= 2) UNROLL for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-  return lane[0];
+struct Scratch {
+  std::vector<int64_t> token;
+  Buffer queries, scores, top, total, error;
+  Seen seen;
+};
+
+// Where a block's keys start among those of all blocks, each followed by its mean.
+int64_t place_of(const int64_t *bounds, int64_t block) { return bounds[block] + block; }
+
+int64_t places(const Call &c) { return c.columns.tokens + c.columns.blocks; }
+
+// A block's keys, then their mean.
+void pack_keys(const Call &c, Buffer &keys, int64_t item, std::vector<int64_t> &token) {
+  const int64_t block = item % c.columns.blocks, unit = item / c.columns.blocks, D = c.channels;
+  const int64_t batch = unit / c.heads, head = unit % c.heads, *bounds = first(c.columns, batch, head);
+  token.resize(std::max<int64_t>(1, bounds[block + 1] - bounds[block]));
+  const int64_t count = tokens(c.columns, batch, head, bounds[block], bounds[block + 1], token.data());
+  float *to = keys + (unit * places(c) + place_of(bounds, block)) * D, *mean = to + count * D;
+  std::fill_n(mean, D, 0.f);
+  for (int64_t i = 0; i < count; i++) {
+    const float *from = row(c.k, batch, head, token[i]);
+    std::copy_n(from, D, to + i * D);
+    for (int64_t d = 0; d < D; d++) mean[d] += from[d];
+  }
+  for (int64_t d = 0; count && d < D; d++) mean[d] /= count;
 }
 
-// The largest of a query's scores; columns beyond a block's keys, where a panel has room, become -inf.
-float top_of(const Call &c, const Packed &keys, const int64_t *at, int64_t unit, float *scores) {
-  Vec most = all(-INF);
+// Scores of some keys, a vector of queries each `row` apart, added to what their block has so far.
+void take(const float *scores, int64_t count, int64_t row, float *top, float *weight, float *square) {
+  Vec most = load(top);
+  for (int64_t k = 0; k < count; k++) most = load(scores + k * row) > most ? load(scores + k * row) : most;
+  const Vec shrink = exp2(load(top) - most);
+  Vec first = load(weight) * shrink, second = load(square) * shrink * shrink;
+  for (int64_t k = 0; k < count; k++) {
+    const Vec w = exp2(load(scores + k * row) - most);
+    first += w;
+    second += w * w;
+  }
+  store(top, most);
+  store(weight, first);
+  store(square, second);
+}
+
+// Scores of all keys and means for `lanes` queries, taken together block by block.
+void see(const Call &c, const float *keys, const int64_t *bounds, int64_t lanes, Scratch &x) {
+  const int64_t D = c.channels;
   for (int64_t block = 0; block < c.columns.blocks; block++) {
-    float *s = scores + at[block] * W;
-    const int64_t count = keys.count[unit * c.columns.blocks + block];
-    std::fill(s + count, s + up(count, W), -INF);
-    for (int64_t n = 0; n < count; n += W) most = load(s + n) > most ? load(s + n) : most;
+    const int64_t at = block * lanes, count = bounds[block + 1] - bounds[block];
+    const float *own = keys + place_of(bounds, block) * D;
+    std::fill_n(x.seen.top + at, lanes, -FLT_MAX);
+    for (Buffer *sum : {&x.seen.weight, &x.seen.square}) std::fill_n(*sum + at, lanes, 0.f);
+    for (int64_t from = 0; from <= count; from += KEYS) {
+      const int64_t held = std::min(KEYS, count + 1 - from), real = std::min(held, count - from);
+      strips(held, [&](auto size, int64_t r) {
+        product<decltype(size)::value, false>({own + (from + r) * D, D, 1}, {x.queries + 0, lanes, W}, D,
+                                              x.scores + r * lanes, lanes, lanes / W);
+      });
+      for (int64_t n = 0; n < lanes; n += W)
+        take(x.scores + n, real, lanes, x.seen.top + at + n, x.seen.weight + at + n, x.seen.square + at + n);
+      if (held > real) std::copy_n(x.scores + real * lanes, lanes, x.seen.at_mean + at);
+    }
   }
-  return largest(most);
 }
 
-// Mean squares of what a query's weights are off by, were they those of their block's mean, added to `sum`.
-void add_errors(const Call &c, const Packed &keys, const int64_t *at, int64_t unit, const float *scores,
-                const float *at_means, float top, float *error, float *sum) {
-  float total = 0;
-  for (int64_t block = 0; block < c.columns.blocks; block++) {
-    const int64_t count = keys.count[unit * c.columns.blocks + block];
-    error[block] = 0;
-    if (!count) continue;
-    Vec weight{}, square{};
-    for (int64_t n = 0; n < count; n += W) {
-      const Vec w = exp2(load(scores + at[block] * W + n) - top);
-      weight += w;
-      square += w * w;
+// The largest score of every query, and the sum of its weights relative to that.
+void add_up(const Call &c, int64_t lanes, Scratch &x) {
+  for (int64_t n = 0; n < lanes; n += W) {
+    Vec top = all(-FLT_MAX), total{};
+    for (int64_t at = n; at < c.columns.blocks * lanes; at += lanes) {
+      const Vec own = load(x.seen.top + at);
+      top = own > top ? own : top;
     }
-    const float weights = added(weight), of_mean = exp2(all(at_means[block] - top))[0];
-    total += weights;
-    error[block] = std::max(0.f, (added(square) - 2 * of_mean * weights) / count + of_mean * of_mean);
+    for (int64_t at = n; at < c.columns.blocks * lanes; at += lanes)
+      total += load(x.seen.weight + at) * exp2(load(x.seen.top + at) - top);
+    store(x.top + n, top);
+    store(x.total + n, total);
   }
-  for (int64_t block = 0; block < c.columns.blocks; block++) sum[block] += error[block] / total / total;
 }
 
-// Rows are queries, as many of every block of theirs; their scores lie row by row.
-void look(const Call &c, const Packed &keys, const Means &means, Scratch &x, int64_t unit, int64_t block) {
-  const int64_t batch = unit / c.heads, head = unit % c.heads, D = c.channels;
-  const int64_t each = c.rows.tokens / c.rows.blocks, wide_scores = c.panels * W, blocks = c.columns.blocks;
-  const int64_t *at = panels_of(c, batch, head);
-  zeros(x.queries, up(each, PART) * D);
-  for (int64_t r = 0; r < each; r++) {
-    const float *from = row(c.q, batch, head, block * each + r);
-    for (int64_t d = 0; d < D; d++) x.queries[r * D + d] = from[d] * c.scale * LOG2_E;
+// Mean squares of what shares of queries are off by, were they those of a block's mean; `count` keys.
+void errors(const Scratch &x, int64_t at, int64_t lanes, int64_t count, float *error) {
+  for (int64_t n = 0; n < lanes; n += W) {
+    const Vec top = load(x.top + n), total = load(x.total + n);
+    const Vec shrink = exp2(load(x.seen.top + at + n) - top), of_mean = exp2(load(x.seen.at_mean + at + n) - top);
+    const Vec weight = load(x.seen.weight + at + n) * shrink, square = load(x.seen.square + at + n) * shrink * shrink;
+    const Vec off = (square - 2 * of_mean * weight) / float(count) + of_mean * of_mean;
+    store(error + n, (off > 0 ? off : Vec{}) / total / total);
   }
-  zeros(x.sum, blocks);
-  x.scores.need(STRIP * wide_scores);
-  x.at_means.need(STRIP * mean_slots(c));
-  x.error.need(blocks);
-  strips(each, [&](auto size, int64_t first_row) {
-    constexpr int R = decltype(size)::value;
-    const Left queries{x.queries + first_row * D, D, 1};
-    product<R, false>(queries, {keys.panels[0] + unit * wide_scores * D, W, W * D}, D, x.scores + 0, wide_scores,
-                      at[blocks]);
-    product<R, false>(queries, {means.panels + unit * mean_slots(c) * D, W, W * D}, D, x.at_means + 0, mean_slots(c),
-                      mean_slots(c) / W);
-    for (int64_t r = 0; r < R && first_row + r < each; r++) {
-      float *scores = x.scores + r * wide_scores;
-      const float top = top_of(c, keys, at, unit, scores);
-      add_errors(c, keys, at, unit, scores, x.at_means + r * mean_slots(c), top, x.error + 0, x.sum + 0);
+}
+
+// Rows are queries, as many of every block of theirs.
+void look(const Call &c, const Buffer &keys, Scratch &x, int64_t unit, int64_t from, int64_t to) {
+  const int64_t batch = unit / c.heads, head = unit % c.heads, D = c.channels, *bounds = first(c.columns, batch, head);
+  const int64_t each = c.rows.tokens / c.rows.blocks, lanes = up((to - from) * each, W), blocks = c.columns.blocks;
+  zeros(x.queries, lanes * D);
+  for (int64_t i = 0; i < (to - from) * each; i++) {
+    const float *query = row(c.q, batch, head, from * each + i);
+    for (int64_t d = 0; d < D; d++) x.queries[d * lanes + i] = query[d] * c.scale * LOG2_E;
+  }
+  x.scores.need((KEYS + PART) * lanes);
+  for (Buffer *part : {&x.seen.top, &x.seen.weight, &x.seen.square, &x.seen.at_mean}) part->need(blocks * lanes);
+  for (Buffer *part : {&x.top, &x.total, &x.error}) part->need(lanes);
+  see(c, keys + unit * places(c) * D, bounds, lanes, x);
+  add_up(c, lanes, x);
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t count = bounds[block + 1] - bounds[block];
+    if (count) errors(x, block * lanes, lanes, count, x.error + 0);
+    for (int64_t own = from; own < to; own++) {
+      float sum = 0;
+      for (int64_t i = (own - from) * each; count && i < (own - from + 1) * each; i++) sum += x.error[i];
+      const_cast<float *>(row(c.out, batch, head, own))[block] = sum / each;
     }
-  });
-  float *out = const_cast<float *>(row(c.out, batch, head, block));
-  for (int64_t other = 0; other < blocks; other++) out[other] = x.sum[other] / each;
+  }
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t falloff_width() { return W; }
-
 void falloff_look(const Call *call) {
   const Call &c = *call;
-  const int64_t units = c.batch * c.heads, items = units * c.columns.blocks, slots = units * c.panels * W;
-  Packed keys;
-  Means means;
-  keys.count.resize(items);
-  keys.panels[0].need(slots * c.channels);
-  zeros(means.panels, units * mean_slots(c) * c.channels);
-  zeros(means.rows, units * mean_slots(c) * wide(c));
-  means.bias.need(units * mean_slots(c));
+  const int64_t units = c.batch * c.heads, items = units * c.columns.blocks;
+  const int64_t together_blocks = std::max<int64_t>(1, LANES * c.rows.blocks / c.rows.tokens);
+  const int64_t groups = over(c.rows.blocks, together_blocks);
+  Buffer keys;
+  keys.need((units * places(c) + PART) * c.channels);
+  std::fill_n(keys + units * places(c) * c.channels, PART * c.channels, 0.f);  // strips read whole ones
   Shared packing, looking;
   together(c.threads, [&] {
     Scratch x;
-    packing.each(items, [&](int64_t item) {
-      pack(c, keys, {&c.k, nullptr}, {nullptr, nullptr}, {nullptr, nullptr}, item, x.token);
-      pack_mean(c, keys, means, item, x.token);
+    packing.each(items, [&](int64_t item) { pack_keys(c, keys, item, x.token); });
+    looking.each(units * groups, [&](int64_t i) {
+      const int64_t from = i % groups * together_blocks;
+      look(c, keys, x, i / groups, from, std::min(from + together_blocks, c.rows.blocks));
     });
-    looking.each(units * c.rows.blocks,
-                 [&](int64_t i) { look(c, keys, means, x, i / c.rows.blocks, i % c.rows.blocks); });
   });
 }
 }
