@@ -75,6 +75,13 @@ def test_frames_that_the_autoencoder_cannot_make(falloff, checkpoint: Path) -> N
     check(falloff("generate", "fox", "--model", checkpoint, "--frames", 16), 2, "--frames 16", "13 and 17")
 
 
+def test_files_that_cannot_hold_a_video(falloff, checkpoint: Path) -> None:
+    check(falloff("generate", "fox", "--output", "fox.gif"), 2, "fox.gif", ".mp4 or .png")
+    video = falloff("generate", "fox", "--model", checkpoint, "--output", "fox.png")
+    assert video.code == 2
+    assert video.err.splitlines()[1:] == ["falloff: WanPipeline makes videos; --output fox.png must end in .mp4"]
+
+
 @pytest.mark.parametrize(("side", "nearest"), [("height", "96 and 112"), ("width", "96 and 112")])
 def test_sizes_that_the_model_cannot_make(falloff, checkpoint: Path, side: str, nearest: str) -> None:
     check(falloff("generate", "fox", "--model", checkpoint, f"--{side}", 100), 2, f"--{side} 100", "16", nearest)

@@ -205,8 +205,11 @@ def test_a_model_of_pictures_is_trained_on_pictures(falloff, tmp_path: Path) -> 
     with Image.open(tmp_path / "lora" / "samples" / "step-000001-0.png") as sample:
         assert sample.size == (64, 64)
     way = ("--lora", tmp_path / "lora", "--method", tmp_path / "lora" / "recipe.yaml", "--steps", 1)
-    done = falloff("generate", "a fox", *model, *small, *way, "--output", tmp_path / "fox.mp4")
+    done = falloff("generate", "a fox", *model, *small, *way, "--output", tmp_path / "fox.png")
     assert done.code == 0, done.err
+    assert "fox.png: 64 x 64" in " ".join(done.out.split())
+    with Image.open(tmp_path / "fox.png") as drawn:
+        assert drawn.size == (64, 64)
 
 
 def test_sizes_that_pipelines_do_not_tell() -> None:

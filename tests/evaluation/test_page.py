@@ -18,6 +18,22 @@ def test_page_is_self_contained(comparison: Comparison) -> None:
     assert "$" not in re.sub(r"base64,[^\"]*", "", page)
 
 
+def test_images_are_shown_and_written_as_pictures(comparison: Comparison, tmp_path: Path) -> None:
+    arms = (comparison.dense, *comparison.methods)
+    still = [
+        dataclasses.replace(arm, videos=[video.encode_frame(video.read(each)[:1]) for each in arm.videos])
+        for arm in arms
+    ]
+    images = dataclasses.replace(comparison, dense=still[0], methods=still[1:])
+    page = report.html(images)
+    assert "<video" not in page
+    assert "Pictures, same prompt and seed" in page
+    assert 'alt="dense: a &quot;quoted&quot; prompt"' in page
+    names = [path.name for path in report.write(images, tmp_path)]
+    assert sum(name.endswith(".png") for name in names) == 6
+    assert not any(name.endswith(".mp4") for name in names)
+
+
 def test_words_of_users_are_escaped(comparison: Comparison) -> None:
     page = report.html(comparison)
     assert "<b>bold" not in page

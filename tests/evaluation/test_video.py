@@ -21,6 +21,22 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
+def test_one_frame_is_a_picture_of_the_same_pixels(tmp_path: Path) -> None:
+    frame = video.to_bytes(gradient(1, 17, 19))
+    video.write(tmp_path / "out.PNG", frame, fps=16)
+    content = (tmp_path / "out.PNG").read_bytes()
+    assert video.is_picture(content)
+    assert (video.read(content) == frame).all()
+    assert video.as_file(frame, fps=16) == content
+    assert not video.is_picture(video.as_file(gradient(2), fps=16))
+
+
+def test_a_picture_of_several_frames_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one frame, got 5"):
+        video.write(tmp_path / "out.png", gradient(), fps=16)
+    assert not list(tmp_path.iterdir())
+
+
 def test_odd_sizes_repeat_the_edge() -> None:
     assert video.read(video.encode(gradient(3, 17, 19), fps=8)).shape == (3, 18, 20, 3)
 

@@ -32,6 +32,12 @@ class Checkpoint:
     pipeline: str | None = None
     """Name of its class."""
 
+    def kind(self) -> type | None:
+        """The class of its pipeline, where it is known before it is loaded."""
+        import diffusers
+
+        return getattr(diffusers, self.pipeline or "", None)
+
     def check_size(self, arguments: dict[str, Any]) -> None:
         """Raise ``CommandError`` for frames, height or width that the model cannot make."""
         for name, label in (("height", "height"), ("width", "width")):

@@ -110,7 +110,7 @@ def compare(
         console.print(figures.verdict(comparison, arm), highlight=False)
         for reason, count in arm.reasons.items():
             console.print(f"  {arm.label}: {count} calls stayed dense: {reason}", highlight=False)
-    console.print(f"Open {page} to see the videos side by side.", highlight=False, soft_wrap=True)
+    console.print(f"Open {page} to see them side by side.", highlight=False, soft_wrap=True)
 
 
 def _list(parts: list[str], text: str, option: str) -> list[str]:

@@ -1,7 +1,8 @@
-"""``falloff generate``: one prompt, one video; or one class, one image."""
+"""``falloff generate``: one prompt, one video or image; or one class, one image."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from falloff.cli.errors import USAGE, CommandError, told
 from falloff.cli.progress import Steps
 
 METHOD = "radial"
+SUFFIXES = (".mp4", ".png")
 
 
 def generate(
@@ -37,7 +39,7 @@ def generate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="An .mp4 file, or .png with --class; out.mp4 or out.png unless given.", show_default=False),
+        typer.Option(help="An .mp4 file, or .png for an image; out.mp4 or out.png unless given.", show_default=False),
     ] = None,
 ) -> None:
     """Make a video with sparse attention, and tell what was computed; or decode an image of a class."""
@@ -66,7 +68,7 @@ def generate(
         settings.choose(method, set_),
         kernel,
         seed,
-        output or Path("out.mp4"),
+        output,
         options.call_arguments(frames, height, width, steps, guidance),
     )
 
@@ -79,14 +81,14 @@ def _video(
     chosen: settings.Chosen,
     kernel: str,
     seed: int,
-    output: Path,
+    output: Path | None,
     given: dict[str, Any],
 ) -> None:
     options.check_prompt(prompt)
-    if output.suffix.lower() != ".mp4":
-        raise CommandError(f"--output {output} must end in .mp4", USAGE)
+    if output is not None and output.suffix.lower() not in SUFFIXES:
+        raise CommandError(f"--output {output} must end in {' or '.join(SUFFIXES)}", USAGE)
     options.check_kernel(kernel)
-    options.check_folder(output.parent)
+    options.check_folder((output or Path()).parent)
     picture = pictures.opened(image)
     checkpoint = checkpoints.find(model)
     arguments = {**checkpoint.defaults, **given}
@@ -99,10 +101,13 @@ def _video(
 
     with pipeline.quiet(), Steps(f"loading {checkpoint.name}") as progress:
         pictures.check(checkpoint, picture)
+        if (kind := checkpoint.kind()) is not None:
+            _target(output, kind, arguments)
         pipe = pipeline.load(checkpoint)
         arguments = pictures.added(pipe, arguments, picture)
         with pipeline.running(), pipeline.with_lora(pipe, lora):
             evaluation.check_arguments(pipe, arguments)
+            target = _target(output, type(pipe), arguments)
             total = evaluation.steps(pipe, arguments)
             done = 0
             progress.show("generating", done, total)
@@ -116,9 +121,22 @@ def _video(
                 made = evaluation.generate(pipe, prompt, seed=seed, call_arguments=arguments, on_step=step)
                 report = api.report(pipe)
     with told(OSError):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        video.write(output, made.frames_FHWC, checkpoint.fps)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        video.write(target, made.frames_FHWC, checkpoint.fps)
     count, tall, wide, _ = made.frames_FHWC.shape
+    frames = f"{count} frames of {wide} x {tall} at {checkpoint.fps:g} a second" if count > 1 else f"{wide} x {tall}"
     typer.echo(report)
     typer.echo(f"{'total':<18}{made.seconds:.1f} s")
-    typer.echo(f"{'wrote':<18}{output}: {count} frames of {wide} x {tall} at {checkpoint.fps:g} a second")
+    typer.echo(f"{'wrote':<18}{target}: {frames}")
+
+
+def _target(output: Path | None, kind: type, arguments: Mapping[str, Any]) -> Path:
+    """The file to write. Raises ``CommandError`` for one that cannot hold what a pipeline of this class makes."""
+    from falloff.evaluation import generate as evaluation
+
+    frames = evaluation.takes(kind, "num_frames") and arguments.get("num_frames") != 1
+    if output is None:
+        return Path("out.mp4" if frames else "out.png")
+    if frames and output.suffix.lower() == ".png":
+        raise CommandError(f"{kind.__name__} makes videos; --output {output} must end in .mp4", USAGE)
+    return output

@@ -33,10 +33,7 @@ def opened(file: Path | None) -> Image | None:
 
 def check(checkpoint: Checkpoint, picture: Image | None) -> None:
     """Raise ``CommandError``, before weights are loaded, where the pipeline is known and a picture does not fit it."""
-    import diffusers
-
-    kind = getattr(diffusers, checkpoint.pipeline or "", None)
-    if kind is not None:
+    if (kind := checkpoint.kind()) is not None:
         _check_kind(kind, picture)
 
 

@@ -25,7 +25,7 @@ from falloff.evaluation.kept import Kept
 from falloff.evaluation.metrics import psnr, ssim
 from falloff.evaluation.probe import Probe
 from falloff.evaluation.recall import RecallObserver, Recalls
-from falloff.evaluation.video import encode
+from falloff.evaluation.video import as_file
 from falloff.methods import get
 from falloff.methods.base import Method
 from falloff.recipe import Recipe
@@ -262,7 +262,7 @@ def _run_pair(runs: _Runs, number: int, fps: float) -> list[_Outcome]:
                 others=generation.others,
                 psnr=psnr(_as_float(generation), reference),
                 ssim=ssim(_as_float(generation), reference),
-                video=encode(generation.frames_FHWC, fps),
+                video=as_file(generation.frames_FHWC, fps),
                 report=report,
             )
         )

@@ -40,7 +40,7 @@ class Arm:
     call_seconds: float
     """The whole of those runs, mean, the time that making plans took left out."""
     videos: list[bytes] = dataclasses.field(repr=False)
-    """mp4 files."""
+    """mp4 files, or PNG of models that make images."""
 
     @property
     def attention_share(self) -> float:

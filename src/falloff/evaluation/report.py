@@ -11,7 +11,7 @@ from statistics import fmean
 from falloff.evaluation import figures, files, page, pareto
 from falloff.evaluation.charts import block_map_png, data_uri
 from falloff.evaluation.comparison import Arm, Comparison, MethodArm
-from falloff.evaluation.video import encode, read, shrink
+from falloff.evaluation.video import as_file, is_picture, read, shrink
 
 LARGE_VIDEO_BYTES = 1 << 20
 """Videos above this are embedded at a smaller size."""
@@ -30,22 +30,24 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     }
     for arm in (comparison.dense, *comparison.methods):
         for pair, video in enumerate(arm.videos):
-            contents[video_name(arm, pair)] = video
+            contents[file_name(arm, pair)] = video
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         files.write(folder / name, content)
     return [folder / name for name in contents]
 
 
-def video_name(arm: Arm, pair: int) -> str:
-    """File name of an arm's video of a pair, counted from 0."""
-    return f"{pair + 1:02d}-{re.sub('[^A-Za-z0-9.]+', '-', arm.label).strip('-')}.mp4"
+def file_name(arm: Arm, pair: int) -> str:
+    """Name of the file with an arm's video or picture of a pair, counted from 0."""
+    suffix = "png" if is_picture(arm.videos[pair]) else "mp4"
+    return f"{pair + 1:02d}-{re.sub('[^A-Za-z0-9.]+', '-', arm.label).strip('-')}.{suffix}"
 
 
 def html(comparison: Comparison) -> str:
     """The page, self-contained: styles, script, videos, maps and plots are all inside."""
     parts = {
         "headlines": "".join(_headline(comparison, arm) for arm in comparison.methods),
+        "kind": "Pictures" if is_picture(comparison.dense.videos[0]) else "Videos",
         "videos": _videos(comparison),
         "pareto": _pareto(comparison),
         "figures": page.figures_table(figures.columns(comparison), figures.rows(comparison)),
@@ -116,16 +118,17 @@ def _video_card(arm: Arm, pair: int, video: bytes, prompt: str) -> str:
     words = figures.seconds(arm.seconds[pair])
     if isinstance(arm, MethodArm):
         words += f", PSNR {figures.decibels([arm.psnr[pair]])}, SSIM {figures.similarity([arm.ssim[pair]])}"
-    return (
-        f'<figure class="card"><video src="{data_uri("video/mp4", video)}" aria-label="{label}" '
-        f"loop muted playsinline></video><figcaption><b>{escape(arm.label)}</b>{words}</figcaption></figure>"
-    )
+    if is_picture(video):
+        shown = f'<img src="{data_uri("image/png", video)}" alt="{label}">'
+    else:
+        shown = f'<video src="{data_uri("video/mp4", video)}" aria-label="{label}" loop muted playsinline></video>'
+    return f'<figure class="card">{shown}<figcaption><b>{escape(arm.label)}</b>{words}</figcaption></figure>'
 
 
 def _small(video: bytes, fps: float) -> bytes:
     if len(video) <= LARGE_VIDEO_BYTES:
         return video
-    return encode(shrink(read(video), SHRUNK_SIDE), fps)
+    return as_file(shrink(read(video), SHRUNK_SIDE), fps)
 
 
 def _pareto(comparison: Comparison) -> str:

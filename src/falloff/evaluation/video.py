@@ -1,4 +1,4 @@
-"""Videos as H.264 in mp4, which every browser plays.
+"""Videos as H.264 in mp4, which every browser plays; single frames as PNG too.
 
 Frames are uint8 [F, H, W, 3], or float in 0 to 1 of the same shape.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from falloff.evaluation import files
@@ -20,6 +21,7 @@ from falloff.evaluation import files
 QUALITY = "14"
 """x264's constant rate factor: low enough that the codec does not blur what a comparison is to show."""
 BT709 = 1
+PNG = b"\x89PNG"
 
 Frames = NDArray[np.uint8]
 
@@ -58,14 +60,37 @@ def encode(video_FHWC: NDArray[Any], fps: float) -> bytes:
     return file.getvalue()
 
 
+def encode_frame(video_FHWC: NDArray[Any]) -> bytes:
+    """A PNG file's content. Raises ``ValueError`` for more than one frame."""
+    frames = to_bytes(video_FHWC)
+    if len(frames) != 1:
+        raise ValueError(f"a picture is one frame, got {len(frames)}")
+    file = io.BytesIO()
+    Image.fromarray(frames[0]).save(file, "PNG")
+    return file.getvalue()
+
+
+def as_file(video_FHWC: NDArray[Any], fps: float) -> bytes:
+    """A file's content: PNG of one frame, mp4 of more."""
+    return encode_frame(video_FHWC) if len(video_FHWC) == 1 else encode(video_FHWC, fps)
+
+
+def is_picture(content: bytes) -> bool:
+    """Whether a file's content is a PNG, not a video."""
+    return content.startswith(PNG)
+
+
 def write(path: Path, video_FHWC: NDArray[Any], fps: float) -> None:
-    """Write an mp4 file, whole or not at all. Raises ``OSError`` when its folder cannot be written to."""
+    """Write a .png file of one frame or an mp4 file, whole or not at all.
+
+    Raises ``OSError`` when its folder cannot be written to, ``ValueError`` for a .png of more than one frame.
+    """
     files.check_writable(path.parent)
-    files.write(path, encode(video_FHWC, fps))
+    files.write(path, encode_frame(video_FHWC) if path.suffix.lower() == ".png" else encode(video_FHWC, fps))
 
 
 def read(source: Path | bytes) -> Frames:
-    """The frames of a video file or of its content, uint8 [F, H, W, 3]."""
+    """The frames of a video or picture, a file or its content, uint8 [F, H, W, 3]."""
     import av
 
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_tensorboard_available
-from PIL import Image
 from torch import Tensor, nn
 
 from falloff import api
@@ -190,11 +189,8 @@ class Studio:
 
     def _keep(self, frames_FHWC: video.Frames, name: str) -> None:
         """A sample, as a picture where the pipeline makes those."""
-        file = self.output / SAMPLES / name
-        if generate.takes(self.pipe, "num_frames"):
-            video.write(file.with_suffix(".mp4"), frames_FHWC, self.fps)
-        else:
-            Image.fromarray(frames_FHWC[0]).save(file.with_suffix(".png"))
+        suffix = ".mp4" if generate.takes(self.pipe, "num_frames") else ".png"
+        video.write((self.output / SAMPLES / name).with_suffix(suffix), frames_FHWC, self.fps)
 
     def grid_frames(self, frames: int) -> int:
         """Frames of the transformer's grid for a number of video frames."""
