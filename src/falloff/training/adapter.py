@@ -58,7 +58,7 @@ def adapted(model: Any, rank: int, seed: int) -> Iterator[dict[str, nn.Parameter
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=projections(model))
-            model.add_adapter(config, NAME) if hasattr(model, "add_adapter") else injected.add(model, config, NAME)
+            injected.add(model, config, NAME)
         trained = {name: p for name, p in model.named_parameters() if f".{NAME}." in name}
         for parameter in trained.values():
             parameter.data = parameter.data.float()
@@ -92,13 +92,9 @@ def _take_off(model: Any) -> None:
     """Our LoRA; with the last of them the layers are the model's own again."""
     adapters = getattr(model, "peft_config", {})
     if set(adapters) == {NAME}:
-        _unload(model)
+        injected.remove(model)
     elif NAME in adapters:
-        model.delete_adapters(NAME) if hasattr(model, "delete_adapters") else injected.delete(model, NAME)
-
-
-def _unload(model: Any) -> None:
-    model.unload_lora() if hasattr(model, "unload_lora") else injected.remove(model)
+        injected.delete(model, NAME)
 
 
 def unload(pipe: Any) -> None:
@@ -106,7 +102,7 @@ def unload(pipe: Any) -> None:
     if hasattr(pipe, LOADS):
         pipe.unload_lora_weights()
     else:
-        _unload(pipe.transformer)
+        injected.remove(pipe.transformer)
 
 
 def save(pipe: Any, folder: Path) -> None:

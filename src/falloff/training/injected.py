@@ -1,4 +1,4 @@
-"""LoRA on a transformer that diffusers itself can give none, as Allegro's: by peft alone, in the same file layout."""
+"""LoRA on a transformer: by diffusers, or where that can give it none, as Allegro's, by peft in the same layout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ def add(model: Any, config: Any, name: str) -> None:
     """A new LoRA of a ``LoraConfig``."""
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(config, model, name)
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(config, name)
+    else:
+        inject_adapter_in_model(config, model, name)
 
 
 def load(model: Any, file: Path, prefix: str, name: str) -> None:
-    """The LoRA of a file, of its entries below ``prefix``. Raises ``KeyError`` where there are none."""
+    """The LoRA of a file, of its entries below ``prefix``, by peft. Raises ``KeyError`` where there are none."""
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -33,16 +36,22 @@ def delete(model: Any, name: str) -> None:
     """One LoRA of several."""
     from diffusers.utils.peft_utils import delete_adapter_layers
 
-    delete_adapter_layers(model, name)
-    model.peft_config.pop(name, None)
+    if hasattr(model, "delete_adapters"):
+        model.delete_adapters(name)
+    else:
+        delete_adapter_layers(model, name)
+        model.peft_config.pop(name, None)
 
 
 def remove(model: Any) -> None:
     """All LoRA, so that the layers are the model's own again."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
-    recurse_remove_peft_layers(model)
-    del model.peft_config
+    if hasattr(model, "unload_lora"):
+        model.unload_lora()
+    else:
+        recurse_remove_peft_layers(model)
+        del model.peft_config
 
 
 def _on(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
