@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from families import FAMILIES, run
+from small import small
 from tiny import ALWAYS
 from torch import Tensor
 
 import falloff
-from falloff.methods import METHODS, Call, Dense, Method, State, get
+from falloff.methods import METHODS, Call, Dense, Method, State
 from falloff.plan import Plan
 
 GRIDS = {"Wan": (7, 6, 9), "HunyuanVideo": (5, 7, 9), "FLUX.1": (1, 17, 19)}
 """Odd sizes."""
-SMALL: dict[str, dict[str, Any]] = {
-    "anchor": {"theta": 0.5, "block": 16, "step": 2, "initial": 9},
-    "by-layer": {"method": {"name": "sparge", "q_block": 32, "kv_block": 16}},
-    "hyper": {"block": 32},
-    "pbs": {"tau": 0.7, "block": 32},
-    "radial": {"block": 16},
-    "sparge": {"q_block": 32, "kv_block": 16},
-    "sla": {"density": 0.2, "q_block": 32, "kv_block": 16},
-    "sla2": {"density": 0.2, "q_block": 32, "kv_block": 16},
-    "xattention": {"tau": 0.7, "block": 32},
-}
-"""Settings with which something is left out of such short sequences."""
-
-
-def small(name: str) -> Method:
-    return get(name, **SMALL.get(name, {}))
 
 
 @pytest.mark.parametrize("name", GRIDS)
