@@ -66,7 +66,7 @@ def miniature_figures() -> str:
                 [
                     f"{frames} frames, {arm['label']}",
                     f"{median(arm['seconds']):.1f} s",
-                    f"{arm['speedup']:.2f}x",
+                    measured_speedup(arm),
                     f"{arm['density']:.1%}",
                     f"{arm['effective_density']:.1%}",
                     f"{decibels(arm['psnr'])} ({decibels(dense['psnr'])})",
@@ -173,16 +173,20 @@ BUSY = 0.05
 """Share of the processors that others took from which on it is told beside a time."""
 
 
-def method_row(arm: dict[str, Any]) -> list[str]:
+def measured_speedup(arm: dict[str, Any]) -> str:
     taken = highest(arm.get("others", [])) or 0.0  # results of before do not tell
     busy = f" (others took {taken:.0%} of the processors)" if taken > BUSY else ""
+    return f"{arm['speedup']:.2f}x{busy}"
+
+
+def method_row(arm: dict[str, Any]) -> list[str]:
     return [
         arm["label"],
         f"{arm['density']:.1%}",
         f"{arm['effective_density']:.1%}",
         f"{arm['recall']:.1%}",
         decibels(arm["psnr"]),
-        f"{arm['speedup']:.2f}x{busy}",
+        measured_speedup(arm),
         f"{arm['plan_seconds'] / fmean(arm['seconds']):.1%}",
     ]
 

@@ -182,7 +182,7 @@ def best_pairs(worth_BHQK: Tensor, q_sizes_BHQ: Tensor, k_sizes_BHK: Tensor, den
 
 
 def _descending(x_BN: Tensor) -> Tensor:
-    """Places of every row's numbers, the highest first."""
+    """Places of every row's numbers, the highest first; equal ones in any order."""
     if x_BN.device.type == "cpu":  # NumPy sorts by vector instructions, several times faster
         return torch.from_numpy(np.argsort(x_BN.neg().numpy(), -1))
     return x_BN.argsort(dim=1, descending=True, stable=True)
