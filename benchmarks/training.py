@@ -1,12 +1,13 @@
 """What tuning is worth, measured on the miniature: longer videos by a LoRA, and sparsity that is trained.
 
-    python benchmarks/training.py length WORK --steps 30 --output benchmarks/results/length-cpu.json
+    python benchmarks/training.py length WORK --steps 60 --precision bf16 --output benchmarks/results/length-cpu.json
     python benchmarks/training.py sparse WORK --steps 60 --output benchmarks/results/sparse-cpu.json
 
 ``length``: four times the frames, tuned with Radial Attention against tuned dense. ``sparse``: SLA against the same
 blocks alone and linear attention alone, tuned towards the dense model. All ways are tuned in turns, half of the
 steps each, so that a machine that slows down favours none, and validated with their own attention on the same clips,
-noise and noise levels. Work in WORK is gone on with when it is interrupted.
+noise and noise levels. Work in WORK is gone on with when it is interrupted. With ``--precision bf16`` all ways are
+tuned under autocast, and draw with a transformer in bfloat16.
 
 Every way has the same number of steps. Of a way with branches a quarter of them is its first stage, in which these
 alone are fitted to dense attention layer by layer, and the rest tunes branches and LoRA from there; blocks alone, which
@@ -51,7 +52,7 @@ FITTED = 0.25
 """Share of the steps of a way with branches that is its first stage."""
 FITTING_RATE = 1e-2
 """Of that stage: what it fits are small layers that begin at zero, and no weight of the model is touched."""
-CLIPS = 24
+CLIPS = 48
 """To tune on and to validate with."""
 CALL = call_arguments(miniature.path())
 
@@ -98,9 +99,12 @@ def sparse_ways() -> dict[str, falloff.Method]:
     return {**ways, "linear alone": LinearAlone(density=1e-6, linear_over="all")}
 
 
-def load() -> WanPipeline:
+def load(precision: str = "no") -> WanPipeline:
+    """In float32; with "bf16" its transformer is in bfloat16, as one that is tuned under autocast runs."""
     pipe = WanPipeline.from_pretrained(miniature.path(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    if precision == "bf16":
+        pipe.transformer.to(torch.bfloat16)
     return pipe
 
 
@@ -138,9 +142,11 @@ def at_work(pipe: WanPipeline, way: Way, work: Path) -> Iterator[None]:
         yield
 
 
-def judged(ways: Mapping[str, Way], work: Path, frames: int, prompts: int) -> dict[str, dict[str, Any]]:
+def judged(
+    ways: Mapping[str, Way], work: Path, frames: int, prompts: int, precision: str
+) -> dict[str, dict[str, Any]]:
     """Of every way the judge's score, seconds a video and closeness to the first way's video of the same seed."""
-    classifier, pipe = train_classifier(work / "judge.safetensors"), load()
+    classifier, pipe = train_classifier(work / "judge.safetensors"), load(precision)
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for seed, prompt in enumerate(held_out_prompts(prompts)):
         reference = None
@@ -168,12 +174,21 @@ def judged(ways: Mapping[str, Way], work: Path, frames: int, prompts: int) -> di
     }
 
 
-def length(work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int) -> dict[str, Any]:
+def length(
+    work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any
+) -> dict[str, Any]:
     arms = {"dense": DENSE, "radial": RADIAL}
     size = Size(frames=frames, height=CALL["height"], width=CALL["width"])
 
     def tune(name: str, course: Course) -> None:
-        lora = Lora(size=size, trained_frames=CALL["num_frames"], rank=rank, validation=2, samples=0)
+        lora = Lora(
+            size=size,
+            trained_frames=CALL["num_frames"],
+            rank=rank,
+            validation=2,
+            samples=0,
+            precision=precision,
+        )
         train_lora(
             load(),
             work / "clips",
@@ -194,13 +209,15 @@ def length(work: Path, steps: int, frames: int, prompts: int, rate: float, rank:
     if prompts:
         ways = {f"{name}, untuned": way for name, way in arms.items()}
         ways |= {f"{name}, tuned": Way(way.method, way.schedule, name) for name, way in arms.items()}
-        row["prompts"] = judged(ways, work, frames, prompts)
+        row["prompts"] = judged(ways, work, frames, prompts, precision)
     return row
 
 
-def sparse(work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int) -> dict[str, Any]:
+def sparse(
+    work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any
+) -> dict[str, Any]:
     methods, size = sparse_ways(), Size(frames=frames, height=CALL["height"], width=CALL["width"])
-    common = Sparse(size=size, rank=rank, validation=2, samples=0)
+    common = Sparse(size=size, rank=rank, validation=2, samples=0, precision=precision)
     first_stage = replace(common, aim="output", backbone="none")
     fitted = {name: round(FITTED * steps) for name, method in methods.items() if method.learns}
 
@@ -236,7 +253,7 @@ def sparse(work: Path, steps: int, frames: int, prompts: int, rate: float, rank:
     row["first_stage"] = {name: course_of(first(name)) for name, count in fitted.items() if count}
     if prompts:
         ways = {"dense": DENSE, **{name: Way(way, DENSE.schedule, name) for name, way in methods.items()}}
-        row["prompts"] = judged(ways, work, frames, prompts)
+        row["prompts"] = judged(ways, work, frames, prompts, precision)
     return row
 
 
@@ -252,6 +269,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--prompts", type=int, default=0, help="held-out prompts to judge, none unless given")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     given = parser.parse_args()
@@ -259,7 +277,7 @@ def main() -> None:
     frames, steps = given.frames or frames, given.steps or steps
     if not (given.work / "clips").exists():
         write_clips(given.work / "clips", CLIPS, frames, seed=1)
-    settings = {"frames": frames, "steps": steps, "rate": given.rate, "rank": given.rank}
+    settings = {"frames": frames, "steps": steps, "rate": given.rate, "rank": given.rank, "precision": given.precision}
     row = {"experiment": given.experiment, **settings}
     row |= measure(given.work, prompts=given.prompts, **settings)
     command = shlex.join(["python", *("WORK" if arg == str(given.work) else arg for arg in sys.argv)])

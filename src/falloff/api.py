@@ -94,7 +94,8 @@ def enable(
 
     for attachment in before:
         diffusers.detach(attachment)
-    session = Session(method, schedule=schedule or method.schedule, kernel=kernel, timing=timing)
+    layers = len(hosts[0].attention_paths(models[0]))
+    session = Session(method, schedule=(schedule or method.schedule).named(layers), kernel=kernel, timing=timing)
     diffusers.attach(models, hosts, session, pipe if _is_pipeline(pipe) else None)
     if learned is not None:
         try:

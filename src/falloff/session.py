@@ -88,7 +88,8 @@ class Session:
 
     def __init__(self, method: Method, *, schedule: Schedule, kernel: str = "auto", timing: bool = False) -> None:
         self.method = method
-        self.schedule = schedule
+        self.schedule = schedule.named(None)
+        self._dense_layers = self.schedule.dense_of(None)
         self.kernel = kernel
         self.timing = timing
         self.position = Position(run=-1)
@@ -113,7 +114,7 @@ class Session:
 
     def learns(self, layer: int) -> bool:
         """Whether a layer gets parameters: those that stay dense in any case need none."""
-        return self.method.learns and layer not in self.schedule.dense_layers
+        return self.method.learns and layer not in self._dense_layers
 
     def refuse_compiled_training(self, seat: Seat) -> None:
         """Raise ``MethodError`` for a compiled call whose parameters await a gradient, which would never come."""
@@ -286,7 +287,7 @@ class Session:
             q_BSHD.device,
             None if mask is None else (mask.shape, mask.dtype),
             seat.text_side,
-            seat.layer in self.schedule.dense_layers,
+            seat.layer in self._dense_layers,
         )
         if self._latest is not None and self._latest[0] == alike:
             return self._latest[1], 0.0

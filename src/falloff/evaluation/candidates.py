@@ -28,7 +28,7 @@ class Candidate:
 
     def mean(self, by_layer: dict[int, float], steps: int) -> float:
         """Mean over all layers and steps of what the plans keep or compute of a whole: 1 where a call stays dense."""
-        dense = self.schedule.dense_layers
+        dense = self.schedule.dense_of(len(by_layer))
         sparse_steps = fmean(1.0 if layer in dense else value for layer, value in by_layer.items())
         share = (count(self.schedule.dense_first, steps) + count(self.schedule.dense_last, steps)) / steps
         return share + (1 - share) * sparse_steps
@@ -65,7 +65,7 @@ class Space:
             "method": kind.name,
             **settings,
             "dense_first": share,
-            "dense_layers": min(1, len(schedule.dense_layers)),
+            "dense_layers": min(1, len(schedule.dense_of(len(self.sensitive)))),
         }
 
 

@@ -75,7 +75,8 @@ def _by_layer(candidate: Candidate, dial: str, looks: Looks) -> Finer:
     kept = np.array([[recalls.by_layer().get(layer, 1.0) for recalls in found] for layer in layers])
     density = np.array([[recalls.density_by_layer().get(layer, 1.0) for recalls in found] for layer in layers])
     own = values.index(getattr(method, dial))
-    sparse = [place for place, layer in enumerate(layers) if layer not in candidate.schedule.dense_layers]
+    dense = candidate.schedule.dense_of(len(layers))
+    sparse = [place for place, layer in enumerate(layers) if layer not in dense]
     methods: dict[ByLayer, None] = {}
     for level in LEVELS if sparse else ():
         choice = np.full(len(layers), own)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from falloff.kernels import cpu, cpu_simd, cpu_tile, proof, reference, triton
+from falloff.kernels import cpu, cpu_amx, cpu_simd, cpu_tile, proof, reference, triton
 from falloff.kernels.errors import UnsupportedError
 from falloff.kernels.kernel import Kernel
 from falloff.kernels.needs import Needs
@@ -14,6 +14,15 @@ from falloff.kernels.vendor import VENDOR
 from falloff.plan import Plan
 
 OWN = (
+    Kernel(
+        "cpu-amx",
+        "Intel CPUs with AMX and a C++ compiler, forward and backward",
+        cpu_amx.attention,
+        cpu_amx.absent,
+        cpu_amx.refuse,
+        unsuited=cpu_amx.unsuited,
+        trial=cpu_amx.trial,
+    ),
     Kernel(
         "cpu-tile",
         "bfloat16 inference on CPUs that multiply bfloat16",

@@ -26,6 +26,8 @@ VECTORS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
+MORE = {"amx": ("-mamx-tile", "-mamx-bf16", "-mavx512bf16")}
+"""What the source of a name needs beside them."""
 
 
 class CompileError(Exception):
@@ -77,7 +79,7 @@ def _present(source: Path) -> ctypes.CDLL:
 
 
 def _file(source: Path) -> Path:
-    command = [*_compiler(), *OPTIONS, *_vector_options()]
+    command = [*_compiler(), *OPTIONS, *_vector_options(), *MORE.get(source.stem, ())]
     mark = hashlib.sha256("\0".join([*command, _version(command[0])]).encode())
     for file in sorted(source.parent.glob("*.?pp")):
         mark.update(file.read_bytes())

@@ -43,7 +43,7 @@ def attention(
     q, k, v = (channels_together(x.float()) for x in (q_BHND, k_BHND, v_BHND))
     apart = plan.summary and differentiable(q, k, v)  # the C++ knows no gradient of means
     means = plan.summary and not apart
-    out, lse = _Attention.apply(plan, scale, key_valid_BN, means, q, k, v)  # type: ignore[no-untyped-call]  # torch's
+    out, lse = attend(Library(SOURCE), plan, q, k, v, scale, key_valid_BN, means=means)
     if apart:
         out, lse = with_summary(plan, q, k, v, scale, key_valid_BN, (out, lse))
     return out.to(q_BHND.dtype), lse
@@ -65,9 +65,13 @@ def refuse(needs: Needs) -> str | None:
 
 
 def unsuited(needs: Needs) -> str | None:
+    return unfilled(needs.plan, SOURCE)
+
+
+def unfilled(plan: Plan, source: Path) -> str | None:
     """Panels hold keys of one block alone: where most of their columns stay empty, gathered keys are faster."""
-    sizes = needs.plan.kv_sizes
-    share = _filled(torch.tensor([sizes]) if isinstance(sizes, int) else sizes, compiled.width(SOURCE))
+    sizes = plan.kv_sizes
+    share = _filled(torch.tensor([sizes]) if isinstance(sizes, int) else sizes, compiled.width(source))
     return None if share >= FILLED else f"its panels would be {share:.0%} full, since blocks of keys are small"
 
 
@@ -112,16 +116,47 @@ def tasks(plan: Plan, batch: int, heads: int) -> Tensor:
     return work.argsort(descending=True, stable=True)
 
 
+class Library(NamedTuple):
+    """Which C++ computes, and of how many bfloat16 a number is made there, if it matters."""
+
+    source: Path
+    parts: int = 0
+
+
+def attend(
+    library: Library,
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_valid_BN: Tensor | None,
+    *,
+    means: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Out [B, H, N, D] and LSE [B, H, N] of float32 tensors whose channels lie together; differentiable."""
+    both: tuple[Tensor, Tensor] = _Attention.apply(library, plan, scale, key_valid_BN, means, q, k, v)  # type: ignore[no-untyped-call]  # torch's
+    return both
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, scale: float, valid: Tensor | None, means: bool, q: Tensor, k: Tensor, v: Tensor
+        ctx: Any,
+        library: Library,
+        plan: Plan,
+        scale: float,
+        valid: Tensor | None,
+        means: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
         tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
-        _launch("falloff_forward", plan, scale, valid, tensors, means=means)
+        _launch(library, "falloff_forward", plan, scale, valid, tensors, means=means)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale, ctx.valid = plan, scale, valid
+        ctx.library, ctx.plan, ctx.scale, ctx.valid = library, plan, scale, valid
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -130,18 +165,19 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         if d_out is None and d_lse is None:
-            return (None,) * 7
+            return (None,) * 8
         d_out = torch.zeros_like(out) if d_out is None else channels_together(d_out)
         shift = (d_out * out).sum(-1)
         if d_lse is not None:
             shift = shift - d_lse
         given = {"q": q, "k": k, "v": v, "d_out": d_out, "lse": lse, "shift": shift}
         grads = {f"d_{name}": torch.zeros_like(x) for name, x in zip("qkv", (q, k, v), strict=True)}
-        _launch("falloff_backward", ctx.plan, ctx.scale, ctx.valid, given | grads, by_keys=True)
-        return None, None, None, None, *grads.values()
+        _launch(ctx.library, "falloff_backward", ctx.plan, ctx.scale, ctx.valid, given | grads, by_keys=True)
+        return None, None, None, None, None, *grads.values()
 
 
 def _launch(
+    library: Library,
     name: str,
     plan: Plan,
     scale: float,
@@ -153,7 +189,7 @@ def _launch(
 ) -> None:
     """Call the C++. Everything it reads is held by the names here until it returns."""
     batch, heads, _, channels = tensors["q"].shape
-    width = compiled.width(SOURCE)
+    width = compiled.width(library.source)
     read = kept(plan, ("cpu-simd", width, by_keys), lambda: lists(plan, width, by_keys=by_keys))
     valid = None if valid is None else valid.contiguous()
     orders = [None if order is None else order.contiguous() for order in (plan.q_order, plan.kv_order)]
@@ -170,7 +206,7 @@ def _launch(
     keys.valid = None if valid is None else valid.data_ptr()
     call = Call(batch=batch, heads=heads, channels=channels, panels=read.panels, scale=scale)
     call.skip, call.protect = -1 if plan.skip is None else plan.skip, skip.PROTECTED
-    call.summary = means
+    call.summary, call.parts = means, library.parts
     call.rows, call.columns = (keys, queries) if by_keys else (queries, keys)
     if not by_keys:  # gradients are made head by head
         task = kept(plan, ("cpu-simd", batch, heads), lambda: tasks(plan, batch, heads))
@@ -181,7 +217,7 @@ def _launch(
     call.map_batch, call.map_head = (0 if map_batch == 1 else map_heads), (0 if map_heads == 1 else 1)
     for key, x in tensors.items():
         setattr(call, key, Strided(x.data_ptr(), *x.stride()[:3]))
-    compiled.call(SOURCE, name, call)
+    compiled.call(library.source, name, call)
 
 
 def _threads(plan: Plan, batch: int, heads: int, channels: int) -> int:

@@ -39,6 +39,7 @@ class Call(Structure):
         ("skip", c_float),
         ("protect", c_int64),
         ("summary", c_int64),
+        ("parts", c_int64),
         *((name, Strided) for name in TENSORS),
     )
 

@@ -183,7 +183,7 @@ def _check(pipe: Any, manner: Manner, sparse: Sparse, call: Mapping[str, Any]) -
             "transformer in float32 and compute with precision='bf16'"
         )
     (_, layers), steps = api.identities(pipe)[0], generate.steps(pipe, call)
-    every_layer = set(range(layers)) <= set(schedule.dense_layers)
+    every_layer = set(range(layers)) <= set(schedule.dense_of(layers))
     if every_layer or all(schedule.step_reason(step, steps) is not None for step in range(steps)):
         raise TrainingError(
             f"{schedule} keeps all {layers} layers or all {steps} steps dense, so that {method.name} has nothing to do"

@@ -92,27 +92,29 @@ void product(Left a, Right b, int64_t depth, float *c, int64_t c_row, int64_t ve
 }
 
 // Numbers that nothing has been written to. Vectors that cross a cache line take twice as long to read.
-class Buffer {
+template <class T>
+class Numbers {
  public:
-  Buffer() = default;
-  Buffer(const Buffer &) = delete;
-  ~Buffer() { std::free(data_); }
-  float *need(int64_t count) {
+  Numbers() = default;
+  Numbers(const Numbers &) = delete;
+  ~Numbers() { std::free(data_); }
+  T *need(int64_t count) {
     if (count > held_) {
       std::free(data_);
-      data_ = static_cast<float *>(std::aligned_alloc(64, up(count * sizeof(float), 64)));
+      data_ = static_cast<T *>(std::aligned_alloc(64, up(count * sizeof(T), 64)));
       held_ = data_ ? count : 0;
       if (!data_) std::abort();
     }
     return data_;
   }
-  float *operator+(int64_t at) const { return data_ + at; }
-  float &operator[](int64_t at) const { return data_[at]; }
+  T *operator+(int64_t at) const { return data_ + at; }
+  T &operator[](int64_t at) const { return data_[at]; }
 
  private:
-  float *data_ = nullptr;
+  T *data_ = nullptr;
   int64_t held_ = 0;
 };
+using Buffer = Numbers<float>;
 
 // Strips of a tile's rows: `body(strip size, first row)`.
 template <class Body>

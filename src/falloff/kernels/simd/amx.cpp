@@ -1,0 +1,465 @@
+// Block-sparse attention and its gradients by the tiles of AMX. cpu_amx.py compiles it and says what it computes.
+//
+// As attention.cpp, with other products: the columns of a map are packed as right operands of tiles once a call, and
+// what is read by rows is made into left operands as it is needed. P is how many bfloat16 a number is (tiles.hpp).
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "call.hpp"
+#include "threads.hpp"
+#include "tiles.hpp"
+
+namespace {
+
+constexpr int ROWS = 128, COLUMNS = 64;  // of a tile of the map: larger blocks are cut
+constexpr int STRIP_ROWS = 2 * SIDE;     // of it at a time
+constexpr int PANEL = DEEP;              // columns that are packed together
+constexpr int PANELS = COLUMNS / PANEL, CHUNKS = ROWS / DEEP;
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+int64_t groups(const Call &c) { return over(c.channels, SIDE); }
+int64_t chunks(const Call &c) { return over(c.channels, DEEP); }
+int64_t wide(const Call &c) { return groups(c) * SIDE; }
+
+// The columns of all heads by panels: `across` for products over channels, [half of a panel, chunk of channels, part],
+// and `along` for products over columns, [group of channels, part]; numbers per token, and how many tokens a block has.
+struct Packed {
+  Numbers<Part> across[2], along[2];
+  Buffer numbers[2];
+  std::vector<int64_t> count;
+};
+
+template <int P>
+int64_t across_size(const Call &c) { return 2 * chunks(c) * P * TILE; }
+template <int P>
+int64_t along_size(const Call &c) { return groups(c) * P * TILE; }
+
+// Columns of a tile: runs of panels that lie one after the other.
+struct Columns {
+  struct Run {
+    int64_t panel, count;  // of columns: none but the last panel has fewer than it holds
+  } run[PANELS];
+  int64_t runs = 0, panels = 0;
+  void add(int64_t panel, int64_t count) {
+    Run *last = runs ? &run[runs - 1] : nullptr;
+    if (last && last->count % PANEL == 0 && last->panel + last->count / PANEL == panel) last->count += count;
+    else run[runs++] = {panel, count};
+    panels += over(count, PANEL);
+  }
+};
+
+// What a thread computes with.
+struct Scratch {
+  std::vector<int64_t> token;
+  std::vector<Columns> tiles;
+  Numbers<Part> left[2], turned, weights[2], slopes, mixed;
+  Buffer sum[2], top;
+  std::vector<Vec> total;
+  alignas(64) Part turning[2 * TILE];
+  alignas(64) float scores[2][STRIP_ROWS * COLUMNS];
+};
+
+// Rows of tokens as a left operand: [tile of rows, chunk of channels, part]; zeros up to whole strips.
+template <int P>
+void gather(const Call &c, const Tensor &from, int64_t batch, int64_t head, const std::vector<int64_t> &token,
+            int64_t count, Numbers<Part> &into) {
+  const int64_t K = chunks(c), size = up(count, STRIP_ROWS) * K * DEEP * P;
+  std::fill_n(into.need(size), size, Part(0));
+  for (int64_t r = 0; r < count; r++) {
+    const float *x = row(from, batch, head, token[r]);
+    for (int64_t k = 0; k < K; k++, x += DEEP)
+      put_left<P>(some(x, c.channels - k * DEEP), some(x + SIDE, c.channels - k * DEEP - SIDE),
+                  into + ((r / SIDE * K + k) * P * TILE + r % SIDE * DEEP), TILE);
+  }
+}
+
+template <int P>
+Tiles left_of(const Call &c, const Numbers<Part> &left, int64_t r) {
+  const int64_t K = chunks(c);
+  return {left + r / SIDE * K * P * TILE, K * P * TILE, TILE, P * TILE};
+}
+
+void scatter(const Call &c, const Tensor &to, int64_t batch, int64_t head, const std::vector<int64_t> &token,
+             int64_t count, float factor, const float *sum) {
+  for (int64_t r = 0; r < count; r++) {
+    float *x = const_cast<float *>(row(to, batch, head, token[r]));
+    for (int64_t d = 0; d < c.channels; d++) x[d] = sum[r * wide(c) + d] * factor;
+  }
+}
+
+// A panel of up to 32 tokens, the tensor's numbers for products over channels.
+template <int P>
+void pack_across(const Call &c, const Tensor &from, int64_t batch, int64_t head, const int64_t *token, int64_t count,
+                 Scratch &x, Part *to) {
+  for (int64_t half = 0; half < 2; half++)
+    for (int64_t k = 0; k < chunks(c); k++) {
+      std::fill_n(x.turning, P * TILE, Part(0));
+      for (int64_t i = 0; i < SIDE && half * SIDE + i < count; i++) {
+        const float *y = row(from, batch, head, token[half * SIDE + i]) + k * DEEP;
+        put_left<P>(some(y, c.channels - k * DEEP), some(y + SIDE, c.channels - k * DEEP - SIDE),
+                    x.turning + i * DEEP, TILE);
+      }
+      for (int p = 0; p < P; p++) turn(x.turning + p * TILE, to + ((half * chunks(c) + k) * P + p) * TILE);
+    }
+}
+
+// The same for products over columns.
+template <int P>
+void pack_along(const Call &c, const Tensor &from, int64_t batch, int64_t head, const int64_t *token, int64_t count,
+                Part *to) {
+  for (int64_t i = 0; i < PANEL; i++) {
+    const int64_t at = place<P>(i);
+    if (at % 2) continue;  // the second of a pair
+    const int64_t pair[2] = {i, P == 1 ? i + 1 : i + SIDE};
+    for (int64_t g = 0; g < groups(c); g++) {
+      __m512 x[2];
+      for (int n = 0; n < 2; n++)
+        x[n] = pair[n] < count ? some(row(from, batch, head, token[pair[n]]) + g * SIDE, c.channels - g * SIDE)
+                               : _mm512_setzero_ps();
+      put_right<P>(x[0], x[1], to + g * P * TILE + at / 2 * DEEP, TILE);
+    }
+  }
+}
+
+template <int P>
+void pack(const Call &c, Packed &into, const Tensor *const (&across)[2], const Tensor *const (&along)[2],
+          const Tensor *const (&numbers)[2], int64_t item, Scratch &x) {
+  const int64_t block = item % c.columns.blocks, unit = item / c.columns.blocks;
+  const int64_t batch = unit / c.heads, head = unit % c.heads, *bounds = first(c.columns, batch, head);
+  x.token.resize(std::max<int64_t>(1, bounds[block + 1] - bounds[block]));
+  const int64_t count = tokens(c.columns, batch, head, bounds[block], bounds[block + 1], x.token.data());
+  const int64_t panel = unit * c.panels + panels_of(c, batch, head)[block];
+  into.count[item] = count;
+  for (int64_t i = 0; i < count; i += PANEL) {
+    const int64_t at = panel + i / PANEL, *token = x.token.data() + i, some = std::min<int64_t>(PANEL, count - i);
+    for (int n = 0; n < 2; n++) {
+      if (across[n]) pack_across<P>(c, *across[n], batch, head, token, some, x, into.across[n] + at * across_size<P>(c));
+      if (along[n]) pack_along<P>(c, *along[n], batch, head, token, some, into.along[n] + at * along_size<P>(c));
+      if (numbers[n])
+        for (int64_t j = 0; j < PANEL; j++)
+          into.numbers[n][at * PANEL + j] = j < some ? *row(*numbers[n], batch, head, token[j]) : 0;
+    }
+  }
+}
+
+// Blocks of columns that block `block` of a head's rows sees: `body(first panel, columns)`.
+template <class Body>
+void listed(const Call &c, const Packed &packed, int64_t unit, int64_t block, Body body) {
+  const int64_t batch = unit / c.heads, head = unit % c.heads;
+  const int64_t *bounds = c.start + (batch * c.map_batch + head * c.map_head) * c.rows.blocks + block;
+  const int64_t *at = panels_of(c, batch, head);
+  for (int64_t i = bounds[0]; i < bounds[1]; i++)
+    body(unit * c.panels + at[c.list[i]], packed.count[unit * c.columns.blocks + c.list[i]]);
+}
+
+// Scores of a strip's rows by the columns of one panel.
+template <int P, int M>
+void score(const Call &c, Tiles left, const Numbers<Part> &across, int64_t panel, float *scores) {
+  const Tiles right{across + panel * across_size<P>(c), chunks(c) * P * TILE, TILE, P * TILE};
+  multiply<P, M, 2>(left, right, chunks(c), scores, COLUMNS, SIDE * COLUMNS, SIDE, false);
+}
+
+// Where the numbers of row `r` and panel `n` lie in a left operand [tile of rows, panel, part].
+template <int P>
+int64_t line(int64_t r, int64_t n) { return (r / SIDE * PANELS + n) * P * TILE + r % SIDE * DEEP; }
+
+template <int P>
+Tiles strip_of(const Numbers<Part> &x, int64_t panel) {
+  return {x + panel * P * TILE, PANELS * P * TILE, TILE, P * TILE};
+}
+
+// Scores of a strip to weights, by the largest score of each row so far; sums so far are shrunk where that grows.
+template <int P>
+void weigh(const Call &c, Scratch &x, const float *scores, Part *weights, int64_t r, int64_t rows, int64_t panels) {
+  const int64_t width = wide(c);
+  const float factor = c.scale * LOG2_E;
+  for (int64_t i = 0; i < rows; i++) {
+    const float *s = scores + i * COLUMNS;
+    float &top = x.top[r + i], *sum = x.sum[0] + (r + i) * width;
+    __m512 most = _mm512_set1_ps(-INF);
+    for (int64_t n = 0; n < 2 * panels; n++) most = _mm512_max_ps(most, _mm512_loadu_ps(s + n * W) * factor);
+    const float now = _mm512_reduce_max_ps(most);
+    if (now > top) {
+      const float shrink = std::exp2(top - now);
+      for (int64_t d = 0; d < width; d += W) store(sum + d, load(sum + d) * shrink);
+      x.total[r + i] *= shrink;
+      top = now;
+    }
+    Vec added = x.total[r + i];
+    for (int64_t n = 0; n < panels; n++) {
+      const Vec low = exp2(load(s + n * PANEL) * factor - top), high = exp2(load(s + n * PANEL + W) * factor - top);
+      put_left<P>((__m512)low, (__m512)high, weights + line<P>(i, n), TILE);
+      added += low + high;
+    }
+    x.total[r + i] = added;
+  }
+}
+
+// Scores of a strip's rows by the columns of a tile.
+template <int P, int M>
+void score_tile(const Call &c, const Packed &keys, const Columns &columns, Scratch &x, int64_t r, float *scores) {
+  const Tiles left = left_of<P>(c, x.left[0], r);
+  int64_t at = 0;
+  for (int64_t i = 0; i < columns.runs; i++) {
+    const auto [panel, count] = columns.run[i];
+    const int64_t end = at + over(count, PANEL);
+    for (int64_t n = at; n < end; n++) score<P, M>(c, left, keys.across[0], panel + n - at, scores + n * PANEL);
+    if (count % PANEL)
+      for (int64_t m = 0; m < M * SIDE; m++)
+        std::fill(scores + m * COLUMNS + at * PANEL + count, scores + m * COLUMNS + end * PANEL, -INF);
+    at = end;
+  }
+}
+
+// What a tile's columns add to the sums of a strip's rows, from their weights.
+template <int P, int M>
+void add_tile(const Call &c, const Packed &keys, const Columns &columns, Scratch &x, int64_t r,
+              const Numbers<Part> &weights) {
+  const int64_t width = wide(c);
+  int64_t at = 0;
+  for (int64_t i = 0; i < columns.runs; i++) {
+    const auto [panel, count] = columns.run[i];
+    const Tiles right{keys.along[0] + panel * along_size<P>(c), P * TILE, TILE, along_size<P>(c)};
+    product<P, M>(strip_of<P>(weights, at), right, over(count, PANEL), x.sum[0] + r * width, width, SIDE * width, SIDE,
+                  groups(c), true);
+    at += over(count, PANEL);
+  }
+}
+
+// The tiles of columns that a block of rows sees.
+void list_tiles(const Call &c, const Packed &keys, int64_t unit, int64_t block, std::vector<Columns> &into) {
+  into.assign(1, {});
+  listed(c, keys, unit, block, [&](int64_t panel, int64_t seen) {
+    for (int64_t from = 0, some; from < seen; from += some) {
+      if (into.back().panels == PANELS) into.emplace_back();
+      some = std::min<int64_t>(seen - from, COLUMNS - into.back().panels * PANEL);
+      into.back().add(panel + from / PANEL, some);
+    }
+  });
+  if (!into.back().panels) into.pop_back();
+}
+
+// Output and LSE of a tile of queries; see the Python side for the formulas.
+template <int P>
+void attend(const Call &c, const Packed &keys, Scratch &x, int64_t unit, int64_t block, int64_t count) {
+  const int64_t batch = unit / c.heads, head = unit % c.heads, width = wide(c), rows = up(count, STRIP_ROWS);
+  gather<P>(c, c.q, batch, head, x.token, count, x.left[0]);
+  for (auto &weights : x.weights) weights.need(STRIP_ROWS * COLUMNS * P);
+  std::fill_n(x.sum[0].need(rows * width), rows * width, 0.f);
+  std::fill_n(x.top.need(rows), rows, -INF);
+  x.total.assign(rows, Vec{});
+  list_tiles(c, keys, unit, block, x.tiles);
+  // The next strip's scores are begun before this one's are weighed: tiles and vectors are computed side by side.
+  const int64_t strips = rows / STRIP_ROWS, steps = strips * int64_t(x.tiles.size());
+  const auto strip = [&](int64_t step, auto body) {
+    const int64_t r = step % strips * STRIP_ROWS;
+    if (count - r > SIDE) body(std::integral_constant<int, 2>{}, x.tiles[step / strips], r);
+    else body(std::integral_constant<int, 1>{}, x.tiles[step / strips], r);
+  };
+  for (int64_t step = -1; step < steps; step++) {
+    if (step + 1 < steps)
+      strip(step + 1, [&](auto m, const Columns &columns, int64_t r) {
+        score_tile<P, decltype(m)::value>(c, keys, columns, x, r, x.scores[(step + 1) % 2]);
+      });
+    if (step >= 0)
+      strip(step, [&](auto m, const Columns &columns, int64_t r) {
+        constexpr int M = decltype(m)::value;
+        const Numbers<Part> &weights = x.weights[step % 2];
+        weigh<P>(c, x, x.scores[step % 2], weights + 0, r, M * SIDE, columns.panels);
+        add_tile<P, M>(c, keys, columns, x, r, weights);
+      });
+  }
+  for (int64_t r = 0; r < count; r++) {
+    float total = 0;
+    for (int w = 0; w < W; w++) total += x.total[r][w];
+    const float factor = total == 0 ? 0 : 1 / total;  // 0: it sees nothing
+    for (int64_t d = 0; d < width; d++) x.sum[0][r * width + d] *= factor;
+    *const_cast<float *>(row(c.lse, batch, head, x.token[r])) =
+        total == 0 ? -INF : (x.top[r] + std::log2(total)) * LN_2;
+  }
+  scatter(c, c.out, batch, head, x.token, count, 1, x.sum[0] + 0);
+}
+
+// p = 2^s / 2^lse and dS = p (dP - shift) of a strip of `rows` keys, as left operands, and dS as a right one whose tile
+// of the first 16 queries is `mixed`.
+template <int P>
+void differentiate(const Call &c, Scratch &x, int64_t rows, int64_t panels, const float *lse, const float *shift,
+                   Part *mixed) {
+  const float factor = c.scale * LOG2_E;
+  for (int64_t r = 0; r < STRIP_ROWS; r += 2)
+    for (int64_t n = 0; n < panels; n++) {
+      Vec ds[2][2], p[2][2];
+      for (int i = 0; i < 2; i++)
+        for (int half = 0; half < 2; half++) {
+          const int64_t column = n * PANEL + half * W, at = (r + i) * COLUMNS + column;
+          p[i][half] = exp2(load(x.scores[0] + at) * factor - LOG2_E * load(lse + column));
+          ds[i][half] = p[i][half] * (load(x.scores[1] + at) - load(shift + column));
+          if (r + i >= rows) p[i][half] = ds[i][half] = Vec{};
+        }
+      for (int i = 0; i < 2; i++) {
+        put_left<P>((__m512)p[i][0], (__m512)p[i][1], x.weights[0] + line<P>(r + i, n), TILE);
+        put_left<P>((__m512)ds[i][0], (__m512)ds[i][1], x.slopes + line<P>(r + i, n), TILE);
+      }
+      for (int half = 0; half < 2; half++)
+        put_right<P>((__m512)ds[0][half], (__m512)ds[1][half], mixed + (2 * n + half) * P * TILE + r / 2 * DEEP, TILE);
+    }
+}
+
+// The keys of a tile as a left operand whose rows are channels: [group of channels, chunk of keys, part].
+template <int P>
+void turn_keys(const Call &c, Scratch &x, int64_t count) {
+  const int64_t K = chunks(c), size = groups(c) * CHUNKS * P * TILE;
+  std::fill_n(x.turned.need(size), size, Part(0));
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t d = 0; d < c.channels; d++)
+      for (int p = 0; p < P; p++)
+        x.turned[((d / SIDE * CHUNKS + r / DEEP) * P + p) * TILE + d % SIDE * DEEP + r % DEEP] =
+            x.left[0][((r / SIDE * K + d / DEEP) * P + p) * TILE + r % SIDE * DEEP + place<P>(d % DEEP)];
+}
+
+// Gradients of a tile of keys and values; what it adds to those of its queries goes to `d_q`: [16 slots, channel, slot].
+template <int P>
+void differentiate_tile(const Call &c, const Packed &queries, const Buffer &d_q, Scratch &x, int64_t unit, int64_t block,
+                        int64_t count) {
+  const int64_t batch = unit / c.heads, head = unit % c.heads, width = wide(c), rows = up(count, STRIP_ROWS);
+  const int64_t G = groups(c), apart = 2 * PANELS * P * TILE;
+  gather<P>(c, c.k, batch, head, x.token, count, x.left[0]);
+  gather<P>(c, c.v, batch, head, x.token, count, x.left[1]);
+  turn_keys<P>(c, x, count);
+  x.mixed.need(CHUNKS * apart);
+  for (auto *operand : {&x.weights[0], &x.slopes}) operand->need(STRIP_ROWS * COLUMNS * P);
+  for (Buffer &sum : x.sum) std::fill_n(sum.need(rows * width), rows * width, 0.f);
+  const auto tile = [&](int64_t panel, int64_t panels) {
+    for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
+      for (int n = 0; n < 2; n++)
+        for (int64_t i = 0; i < panels; i++)
+          score<P, 2>(c, left_of<P>(c, x.left[n], r), queries.across[n], panel + i, x.scores[n] + i * PANEL);
+      differentiate<P>(c, x, count - r, panels, queries.numbers[0] + panel * PANEL, queries.numbers[1] + panel * PANEL,
+                       x.mixed + r / DEEP * apart);
+      const Numbers<Part> *by[2] = {&x.slopes, &x.weights[0]};
+      for (int n = 0; n < 2; n++)
+        product<P, 2>(strip_of<P>(*by[n], 0),
+                      {queries.along[n] + panel * along_size<P>(c), P * TILE, TILE, along_size<P>(c)}, panels,
+                      x.sum[n] + r * width, width, SIDE * width, SIDE, G, true);
+    }
+    for (int64_t g = 0; g < G; g += 2) {
+      const Tiles left{x.turned + g * CHUNKS * P * TILE, CHUNKS * P * TILE, TILE, P * TILE};
+      const Tiles right{x.mixed + 0, P * TILE, TILE, apart};
+      float *to = d_q + (panel * PANEL * width + g * SIDE * SIDE);
+      if (g + 1 < G) product<P, 2>(left, right, rows / DEEP, to, SIDE, SIDE * SIDE, SIDE * width, 2 * panels, true);
+      else product<P, 1>(left, right, rows / DEEP, to, SIDE, 0, SIDE * width, 2 * panels, true);
+    }
+  };
+  listed(c, queries, unit, block, [&](int64_t panel, int64_t seen) {
+    for (int64_t i = 0; i < over(seen, PANEL); i += PANELS) tile(panel + i, std::min<int64_t>(PANELS, over(seen, PANEL) - i));
+  });
+  scatter(c, c.d_k, batch, head, x.token, count, c.scale, x.sum[0] + 0);
+  scatter(c, c.d_v, batch, head, x.token, count, 1, x.sum[1] + 0);
+}
+
+// Every tile of a block of rows, all of about one size: `body(how many)`, with its tokens in `x`.
+template <class Body>
+void tiles(const Call &c, Scratch &x, int64_t unit, int64_t block, Body body) {
+  const int64_t batch = unit / c.heads, head = unit % c.heads, *bounds = first(c.rows, batch, head);
+  x.token.resize(ROWS);
+  const int64_t all = bounds[block + 1] - bounds[block], size = all ? up(over(all, over(all, ROWS)), SIDE) : 0;
+  for (int64_t from = bounds[block]; from < bounds[block + 1]; from += size) {
+    const int64_t to = std::min(from + size, bounds[block + 1]);
+    if (const int64_t count = tokens(c.rows, batch, head, from, to, x.token.data())) body(count);
+  }
+}
+
+// All gradients of one head: by one thread, so that sums have one order.
+template <int P>
+void differentiate_head(const Call &c, const Packed &queries, Buffer &d_q, Scratch &x, int64_t unit) {
+  const int64_t batch = unit / c.heads, head = unit % c.heads, width = wide(c), slots = c.panels * PANEL;
+  float *sums = d_q + unit * slots * width;
+  std::fill_n(sums, slots * width, 0.f);
+  for (int64_t block = 0; block < c.rows.blocks; block++)
+    tiles(c, x, unit, block, [&](int64_t n) { differentiate_tile<P>(c, queries, d_q, x, unit, block, n); });
+  const int64_t *bounds = first(c.columns, batch, head), *at = panels_of(c, batch, head);
+  for (int64_t block = 0; block < c.columns.blocks; block++) {
+    x.token.resize(std::max<int64_t>(1, bounds[block + 1] - bounds[block]));
+    const int64_t count = tokens(c.columns, batch, head, bounds[block], bounds[block + 1], x.token.data());
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t slot = at[block] * PANEL + i;
+      float *to = const_cast<float *>(row(c.d_q, batch, head, x.token[i]));
+      for (int64_t d = 0; d < c.channels; d++)
+        to[d] = sums[(slot / SIDE * width + d) * SIDE + slot % SIDE] * c.scale;
+    }
+  }
+}
+
+// Pack the columns, then run `body(packed, scratch, shared)` on every thread.
+template <int P, class Body>
+void run(const Call &c, const Tensor *const (&across)[2], const Tensor *const (&along)[2],
+         const Tensor *const (&numbers)[2], Body body) {
+  const int64_t panels = c.batch * c.heads * c.panels, items = c.batch * c.heads * c.columns.blocks;
+  Packed packed;
+  packed.count.resize(items);
+  for (int n = 0; n < 2; n++) {
+    if (across[n]) packed.across[n].need(panels * across_size<P>(c));
+    if (along[n]) packed.along[n].need(panels * along_size<P>(c));
+    if (numbers[n]) packed.numbers[n].need(panels * PANEL);
+  }
+  Shared packing, computing;
+  together(c.threads, [&] {
+    const Shaped shaped;
+    Scratch x;
+    packing.each(items, [&](int64_t item) { pack<P>(c, packed, across, along, numbers, item, x); });
+    body(packed, x, computing);
+  });
+}
+
+template <int P>
+void forward(const Call &c) {
+  run<P>(c, {&c.k, nullptr}, {&c.v, nullptr}, {nullptr, nullptr}, [&](const Packed &keys, Scratch &x, Shared &shared) {
+    shared.each(c.tasks, [&](int64_t i) {
+      const int64_t block = c.task[i] % c.rows.blocks, unit = c.task[i] / c.rows.blocks;
+      tiles(c, x, unit, block, [&](int64_t count) { attend<P>(c, keys, x, unit, block, count); });
+    });
+  });
+}
+
+// Rows are keys, columns queries.
+template <int P>
+void backward(const Call &c) {
+  Buffer d_q;
+  d_q.need(c.batch * c.heads * c.panels * PANEL * wide(c));
+  run<P>(c, {&c.q, &c.d_out}, {&c.q, &c.d_out}, {&c.lse, &c.shift},
+         [&](const Packed &queries, Scratch &x, Shared &shared) {
+           shared.each(c.batch * c.heads, [&](int64_t unit) { differentiate_head<P>(c, queries, d_q, x, unit); });
+         });
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t falloff_width() { return PANEL; }
+
+// Whether this CPU and this system let a process use the tiles.
+int64_t falloff_able() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 0;
+  return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+}
+
+void falloff_forward(const Call *call) {
+  if (call->parts == 1) forward<1>(*call);
+  else forward<2>(*call);
+}
+
+void falloff_backward(const Call *call) {
+  if (call->parts == 1) backward<1>(*call);
+  else backward<2>(*call);
+}
+}
