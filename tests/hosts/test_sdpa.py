@@ -144,3 +144,17 @@ def test_plan_with_a_grid_is_told() -> None:
     plan = falloff.plan_for(tiny.Frames(), falloff.Sequence(falloff.Grid(*GRID)))
     with pytest.raises(ValueError, match="a plan knows its tokens already"), falloff.sdpa(plan, grid=GRID):
         pass
+
+
+@pytest.mark.parametrize("value", [torch.float32, torch.bfloat16])
+def test_under_autocast_it_computes_in_the_type_that_pytorch_would(value: torch.dtype) -> None:
+    """Norms leave queries and keys in float32 there, where projections leave values in bfloat16."""
+    (q, _), v = inputs(), inputs()[0].to(value)
+    with falloff.sdpa(tiny.Frames(seen=3), grid=GRID) as calls, torch.autocast("cpu", torch.bfloat16):
+        out, double = F.scaled_dot_product_attention(q, q, v), F.scaled_dot_product_attention(*[q.double()] * 3)
+    assert calls.sparse == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(q, q, v)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+    assert double.dtype == torch.float64

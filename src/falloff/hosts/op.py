@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from falloff.geometry import Grid
+from falloff.hosts import autocast
 from falloff.hosts.shards import Shards, shards_of
 from falloff.session import DenseBackend, Seat, Session
 
@@ -77,6 +78,7 @@ def attend(
 
     ``mask``: as for PyTorch's attention, or ``None``. ``hidden``: the layer's input, for a method that reads it.
     """
+    query, key, value = autocast.cast(query, key, value)
     scene = slot.scene
     if torch.compiler.is_compiling():
         out, _ = torch.ops.falloff.attention(query, key, value, mask, slot.number, scene.layout, scale, hidden)

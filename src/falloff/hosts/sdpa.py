@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from falloff import kernels
 from falloff.geometry import Grid, Sequence
+from falloff.hosts import autocast
 from falloff.kernels.masks import mask_fault, valid_keys
 from falloff.methods.base import Method, plan_for
 from falloff.plan import Plan
@@ -106,6 +107,7 @@ class _Mode(TorchFunctionMode):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self.calls.sparse += 1
+        query, key, value = autocast.cast(query, key, value)
         valid = valid_keys(attn_mask, len(query))
         if query.device not in self.plans:  # moving a plan checks it again, which waits for the device
             self.plans[query.device] = self.plan.to(query.device)
