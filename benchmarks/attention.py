@@ -30,7 +30,7 @@ WORKS = tuple(
     )
 )
 """The third and fourth are the miniature's calls at its default length, the last at four times that."""
-KERNELS = {"float32": ("cpu-simd", "cpu", "flex"), "bfloat16": ("cpu-simd", "cpu", "cpu-tile")}
+KERNELS = {"float32": ("cpu-simd", "cpu", "flex"), "bfloat16": ("cpu-amx", "cpu-simd", "cpu", "cpu-tile")}
 
 
 def main() -> None:

@@ -142,9 +142,7 @@ def at_work(pipe: WanPipeline, way: Way, work: Path) -> Iterator[None]:
         yield
 
 
-def judged(
-    ways: Mapping[str, Way], work: Path, frames: int, prompts: int, precision: str
-) -> dict[str, dict[str, Any]]:
+def judged(ways: Mapping[str, Way], work: Path, frames: int, prompts: int, precision: str) -> dict[str, dict[str, Any]]:
     """Of every way the judge's score, seconds a video and closeness to the first way's video of the same seed."""
     classifier, pipe = train_classifier(work / "judge.safetensors"), load(precision)
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
@@ -174,9 +172,7 @@ def judged(
     }
 
 
-def length(
-    work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any
-) -> dict[str, Any]:
+def length(work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any) -> dict[str, Any]:
     arms = {"dense": DENSE, "radial": RADIAL}
     size = Size(frames=frames, height=CALL["height"], width=CALL["width"])
 
@@ -213,9 +209,7 @@ def length(
     return row
 
 
-def sparse(
-    work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any
-) -> dict[str, Any]:
+def sparse(work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any) -> dict[str, Any]:
     methods, size = sparse_ways(), Size(frames=frames, height=CALL["height"], width=CALL["width"])
     common = Sparse(size=size, rank=rank, validation=2, samples=0, precision=precision)
     first_stage = replace(common, aim="output", backbone="none")

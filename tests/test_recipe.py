@@ -8,6 +8,7 @@ from tiny import transformer
 
 import falloff
 from falloff import Radial, Recipe, RecipeError, Schedule
+from falloff.api import BranchError, NotEnabledError
 
 MODEL = "WanTransformer3DModel"
 RECIPE = Recipe(
@@ -36,9 +37,9 @@ def test_learned_parameters_move_with_the_recipe(tmp_path: Path) -> None:
     found = Recipe.load(moved / "recipe.yaml")
     assert found.branches == str(moved / "branches.safetensors")
     model = transformer()
-    with pytest.raises(falloff.api.BranchError):  # radial learns nothing
+    with pytest.raises(BranchError):  # radial learns nothing
         falloff.enable(model, dataclasses.replace(found, kernel="auto"))
-    with pytest.raises(falloff.api.NotEnabledError):
+    with pytest.raises(NotEnabledError):
         falloff.report(model)
 
 
@@ -76,12 +77,12 @@ def test_enable_takes_a_recipe() -> None:
     report = falloff.report(model)
     assert (report.method, report.schedule) == (RECIPE.method, RECIPE.schedule)
     falloff.enable(model, RECIPE, schedule=Schedule(), replace=True)
-    assert falloff.report(model).schedule == Schedule()
+    assert falloff.report(model).schedule == Schedule().named(2)
 
 
 def test_a_recipe_for_another_model_is_refused() -> None:
     model = transformer(layers=3)
     with pytest.raises(RecipeError, match=r"WanTransformer3DModel with 2 self-attention layers, this is .* with 3"):
         falloff.enable(model, RECIPE)
-    with pytest.raises(falloff.api.NotEnabledError):
+    with pytest.raises(NotEnabledError):
         falloff.report(model)

@@ -28,7 +28,15 @@ def test_reasons() -> None:
 
 @pytest.mark.parametrize(
     ("share", "layers", "dense"),
-    [(0.025, 40, (0,)), (0.025, 30, (0,)), (0.025, 6, ()), (0.5, 4, (0, 1)), (0.0, 40, ()), (0.025, None, (0,)), (0.0, None, ())],
+    [
+        (0.025, 40, (0,)),
+        (0.025, 30, (0,)),
+        (0.025, 6, ()),
+        (0.5, 4, (0, 1)),
+        (0.0, 40, ()),
+        (0.025, None, (0,)),
+        (0.0, None, ()),
+    ],
 )
 def test_a_share_of_layers_is_the_first_ones(share: float, layers: int | None, dense: tuple[int, ...]) -> None:
     schedule = Schedule(dense_first=0, dense_layers=share)

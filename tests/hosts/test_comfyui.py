@@ -270,7 +270,7 @@ def test_nodes_patch_and_report(package: ModuleType) -> None:
     model = comfy.model()
     (ours,) = getattr(radial_node(), radial_node.FUNCTION)(model=model, **defaults)
     assert comfyui.report(ours).method == falloff.Radial()
-    assert comfyui.report(ours).schedule == falloff.Schedule()
+    assert comfyui.report(ours).schedule == falloff.Schedule().named(None)
     comfy.sample(ours, comfy.levels())
     latent = {"samples": torch.zeros(1)}
     shown = getattr(report_node(), report_node.FUNCTION)(model=ours, latent=latent)

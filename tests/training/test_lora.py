@@ -19,6 +19,7 @@ from tiny_clips import write_clip
 
 import falloff
 from falloff import Recipe, Schedule
+from falloff.api import NotEnabledError
 from falloff.training import Course, Lora, Size, TrainingError, studio, train_lora
 from falloff.training.adapter import NAME, RECIPE, WEIGHTS, loaded, projections
 
@@ -95,7 +96,7 @@ def test_nothing_but_the_lora_changes(pipe, clips: Path, tmp_path: Path) -> None
     base = {name.replace(".base_layer", ""): p for name, p in pipe.transformer.named_parameters() if NAME not in name}
     assert all(torch.equal(base[name], tensor) for name, tensor in before.items())
     assert {p.requires_grad for p in base.values()} == flags
-    with pytest.raises(falloff.api.NotEnabledError):
+    with pytest.raises(NotEnabledError):
         falloff.report(pipe)
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from falloff.kernels import cpu_amx
+
 PACKAGES = ("falloff", "torch", "diffusers", "transformers", "numpy")
 
 
@@ -34,7 +36,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "processor": _processor(),
         "cores": str(_cores()),
         "threads": str(torch.get_num_threads()),
-        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "vector instructions": torch.backends.cpu.get_cpu_capability() + (", AMX" if cpu_amx.absent() is None else ""),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int ROWS = 128, COLUMNS = 64;  // of a tile of the map: larger blocks are cut
+constexpr int ROWS = 128, COLUMNS = 128;  // of a tile of the map: larger blocks are cut
 constexpr int STRIP_ROWS = 2 * SIDE;     // of it at a time
 constexpr int PANEL = DEEP;              // columns that are packed together
 constexpr int PANELS = COLUMNS / PANEL, CHUNKS = ROWS / DEEP;
@@ -66,16 +66,16 @@ struct Scratch {
   alignas(64) float scores[2][STRIP_ROWS * COLUMNS];
 };
 
-// Rows of tokens as a left operand: [tile of rows, chunk of channels, part]; zeros up to whole strips.
+// Rows of tokens, `sign` times, as a left operand: [tile of rows, chunk of channels, part]; zeros up to whole strips.
 template <int P>
 void gather(const Call &c, const Tensor &from, int64_t batch, int64_t head, const std::vector<int64_t> &token,
-            int64_t count, Numbers<Part> &into) {
+            int64_t count, float sign, Numbers<Part> &into) {
   const int64_t K = chunks(c), size = up(count, STRIP_ROWS) * K * DEEP * P;
   std::fill_n(into.need(size), size, Part(0));
   for (int64_t r = 0; r < count; r++) {
     const float *x = row(from, batch, head, token[r]);
     for (int64_t k = 0; k < K; k++, x += DEEP)
-      put_left<P>(some(x, c.channels - k * DEEP), some(x + SIDE, c.channels - k * DEEP - SIDE),
+      put_left<P>(sign * some(x, c.channels - k * DEEP), sign * some(x + SIDE, c.channels - k * DEEP - SIDE),
                   into + ((r / SIDE * K + k) * P * TILE + r % SIDE * DEEP), TILE);
   }
 }
@@ -179,13 +179,13 @@ Tiles strip_of(const Numbers<Part> &x, int64_t panel) {
 template <int P>
 void weigh(const Call &c, Scratch &x, const float *scores, Part *weights, int64_t r, int64_t rows, int64_t panels) {
   const int64_t width = wide(c);
-  const float factor = c.scale * LOG2_E;
+  const float factor = std::fabs(c.scale) * LOG2_E;  // its sign is in the queries
   for (int64_t i = 0; i < rows; i++) {
     const float *s = scores + i * COLUMNS;
     float &top = x.top[r + i], *sum = x.sum[0] + (r + i) * width;
-    __m512 most = _mm512_set1_ps(-INF);
-    for (int64_t n = 0; n < 2 * panels; n++) most = _mm512_max_ps(most, _mm512_loadu_ps(s + n * W) * factor);
-    const float now = _mm512_reduce_max_ps(most);
+    __m512 most = _mm512_load_ps(s);
+    for (int64_t n = 1; n < 2 * panels; n++) most = _mm512_max_ps(most, _mm512_load_ps(s + n * W));
+    const float now = _mm512_reduce_max_ps(most) * factor;
     if (now > top) {
       const float shrink = std::exp2(top - now);
       for (int64_t d = 0; d < width; d += W) store(sum + d, load(sum + d) * shrink);
@@ -194,7 +194,7 @@ void weigh(const Call &c, Scratch &x, const float *scores, Part *weights, int64_
     }
     Vec added = x.total[r + i];
     for (int64_t n = 0; n < panels; n++) {
-      const Vec low = exp2(load(s + n * PANEL) * factor - top), high = exp2(load(s + n * PANEL + W) * factor - top);
+      const Vec low = power<P>(load(s + n * PANEL) * factor - top), high = power<P>(load(s + n * PANEL + W) * factor - top);
       put_left<P>((__m512)low, (__m512)high, weights + line<P>(i, n), TILE);
       added += low + high;
     }
@@ -250,7 +250,7 @@ void list_tiles(const Call &c, const Packed &keys, int64_t unit, int64_t block, 
 template <int P>
 void attend(const Call &c, const Packed &keys, Scratch &x, int64_t unit, int64_t block, int64_t count) {
   const int64_t batch = unit / c.heads, head = unit % c.heads, width = wide(c), rows = up(count, STRIP_ROWS);
-  gather<P>(c, c.q, batch, head, x.token, count, x.left[0]);
+  gather<P>(c, c.q, batch, head, x.token, count, c.scale < 0 ? -1 : 1, x.left[0]);
   for (auto &weights : x.weights) weights.need(STRIP_ROWS * COLUMNS * P);
   std::fill_n(x.sum[0].need(rows * width), rows * width, 0.f);
   std::fill_n(x.top.need(rows), rows, -INF);
@@ -299,7 +299,7 @@ void differentiate(const Call &c, Scratch &x, int64_t rows, int64_t panels, cons
       for (int i = 0; i < 2; i++)
         for (int half = 0; half < 2; half++) {
           const int64_t column = n * PANEL + half * W, at = (r + i) * COLUMNS + column;
-          p[i][half] = exp2(load(x.scores[0] + at) * factor - LOG2_E * load(lse + column));
+          p[i][half] = power<P>(load(x.scores[0] + at) * factor - LOG2_E * load(lse + column));
           ds[i][half] = p[i][half] * (load(x.scores[1] + at) - load(shift + column));
           if (r + i >= rows) p[i][half] = ds[i][half] = Vec{};
         }
@@ -330,8 +330,8 @@ void differentiate_tile(const Call &c, const Packed &queries, const Buffer &d_q,
                         int64_t count) {
   const int64_t batch = unit / c.heads, head = unit % c.heads, width = wide(c), rows = up(count, STRIP_ROWS);
   const int64_t G = groups(c), apart = 2 * PANELS * P * TILE;
-  gather<P>(c, c.k, batch, head, x.token, count, x.left[0]);
-  gather<P>(c, c.v, batch, head, x.token, count, x.left[1]);
+  gather<P>(c, c.k, batch, head, x.token, count, 1, x.left[0]);
+  gather<P>(c, c.v, batch, head, x.token, count, 1, x.left[1]);
   turn_keys<P>(c, x, count);
   x.mixed.need(CHUNKS * apart);
   for (auto *operand : {&x.weights[0], &x.slopes}) operand->need(STRIP_ROWS * COLUMNS * P);

@@ -142,6 +142,20 @@ inline void turn(const Part *from, Part *to) {
     for (int j = 0; j < SIDE; j++) y[i * SIDE + j] = x[j * SIDE + i];
 }
 
+// 2^x, as exact as numbers of P parts can tell.
+template <int P>
+inline Vec power(Vec x) {
+  if constexpr (P > 1) return exp2(x);
+  const Vec magic = all(12582912.f);  // as in exp2
+  x = (Vec)_mm512_max_ps((__m512)all(-127.f), (__m512)x);  // NaN stays NaN
+  const Vec whole = x + magic, f = x - (whole - magic);
+  Vec p = f * 9.5828529e-3f + 5.5906426e-2f;
+  p = p * f + 2.4024099e-1f;
+  p = p * f + 6.9312418e-1f;
+  p = p * f + 1.0f;
+  return (Vec)((Ints)p + ((Ints)whole << 23));
+}
+
 // Sixteen numbers of a row of `count`, zeros behind its end.
 inline __m512 some(const float *from, int64_t count) {
   if (count >= SIDE) return _mm512_loadu_ps(from);
