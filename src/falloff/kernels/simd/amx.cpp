@@ -12,34 +12,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "call.hpp"
+#include "panels.hpp"
 #include "threads.hpp"
-#include "tiles.hpp"
+#include "walk.hpp"
 
 namespace {
 
-constexpr int ROWS = 128, COLUMNS = 128;  // of a tile of the map: larger blocks are cut
-constexpr int STRIP_ROWS = 2 * SIDE;     // of it at a time
-constexpr int PANEL = DEEP;              // columns that are packed together
+constexpr int COLUMNS = 128;          // of a tile of the map
+constexpr int STRIP_ROWS = 2 * SIDE;  // of it at a time
 constexpr int PANELS = COLUMNS / PANEL, CHUNKS = ROWS / DEEP;
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-
-int64_t groups(const Call &c) { return over(c.channels, SIDE); }
-int64_t chunks(const Call &c) { return over(c.channels, DEEP); }
-int64_t wide(const Call &c) { return groups(c) * SIDE; }
-
-// The columns of all heads by panels: `across` for products over channels, [half of a panel, chunk of channels, part],
-// and `along` for products over columns, [group of channels, part]; numbers per token, and how many tokens a block has.
-struct Packed {
-  Numbers<Part> across[2], along[2];
-  Buffer numbers[2];
-  std::vector<int64_t> count;
-};
-
-template <int P>
-int64_t across_size(const Call &c) { return 2 * chunks(c) * P * TILE; }
-template <int P>
-int64_t along_size(const Call &c) { return groups(c) * P * TILE; }
 
 // Columns of a tile: runs of panels that lie one after the other.
 struct Columns {
@@ -62,7 +43,6 @@ struct Scratch {
   Numbers<Part> left[2], turned, weights[2], slopes, mixed;
   Buffer sum[2], top;
   std::vector<Vec> total;
-  alignas(64) Part turning[2 * TILE];
   alignas(64) float scores[2][STRIP_ROWS * COLUMNS];
 };
 
@@ -84,79 +64,6 @@ template <int P>
 Tiles left_of(const Call &c, const Numbers<Part> &left, int64_t r) {
   const int64_t K = chunks(c);
   return {left + r / SIDE * K * P * TILE, K * P * TILE, TILE, P * TILE};
-}
-
-void scatter(const Call &c, const Tensor &to, int64_t batch, int64_t head, const std::vector<int64_t> &token,
-             int64_t count, float factor, const float *sum) {
-  for (int64_t r = 0; r < count; r++) {
-    float *x = const_cast<float *>(row(to, batch, head, token[r]));
-    for (int64_t d = 0; d < c.channels; d++) x[d] = sum[r * wide(c) + d] * factor;
-  }
-}
-
-// A panel of up to 32 tokens, the tensor's numbers for products over channels.
-template <int P>
-void pack_across(const Call &c, const Tensor &from, int64_t batch, int64_t head, const int64_t *token, int64_t count,
-                 Scratch &x, Part *to) {
-  for (int64_t half = 0; half < 2; half++)
-    for (int64_t k = 0; k < chunks(c); k++) {
-      std::fill_n(x.turning, P * TILE, Part(0));
-      for (int64_t i = 0; i < SIDE && half * SIDE + i < count; i++) {
-        const float *y = row(from, batch, head, token[half * SIDE + i]) + k * DEEP;
-        put_left<P>(some(y, c.channels - k * DEEP), some(y + SIDE, c.channels - k * DEEP - SIDE),
-                    x.turning + i * DEEP, TILE);
-      }
-      for (int p = 0; p < P; p++) turn(x.turning + p * TILE, to + ((half * chunks(c) + k) * P + p) * TILE);
-    }
-}
-
-// The same for products over columns.
-template <int P>
-void pack_along(const Call &c, const Tensor &from, int64_t batch, int64_t head, const int64_t *token, int64_t count,
-                Part *to) {
-  for (int64_t i = 0; i < PANEL; i++) {
-    const int64_t at = place<P>(i);
-    if (at % 2) continue;  // the second of a pair
-    const int64_t pair[2] = {i, P == 1 ? i + 1 : i + SIDE};
-    for (int64_t g = 0; g < groups(c); g++) {
-      __m512 x[2];
-      for (int n = 0; n < 2; n++)
-        x[n] = pair[n] < count ? some(row(from, batch, head, token[pair[n]]) + g * SIDE, c.channels - g * SIDE)
-                               : _mm512_setzero_ps();
-      put_right<P>(x[0], x[1], to + g * P * TILE + at / 2 * DEEP, TILE);
-    }
-  }
-}
-
-template <int P>
-void pack(const Call &c, Packed &into, const Tensor *const (&across)[2], const Tensor *const (&along)[2],
-          const Tensor *const (&numbers)[2], int64_t item, Scratch &x) {
-  const int64_t block = item % c.columns.blocks, unit = item / c.columns.blocks;
-  const int64_t batch = unit / c.heads, head = unit % c.heads, *bounds = first(c.columns, batch, head);
-  x.token.resize(std::max<int64_t>(1, bounds[block + 1] - bounds[block]));
-  const int64_t count = tokens(c.columns, batch, head, bounds[block], bounds[block + 1], x.token.data());
-  const int64_t panel = unit * c.panels + panels_of(c, batch, head)[block];
-  into.count[item] = count;
-  for (int64_t i = 0; i < count; i += PANEL) {
-    const int64_t at = panel + i / PANEL, *token = x.token.data() + i, some = std::min<int64_t>(PANEL, count - i);
-    for (int n = 0; n < 2; n++) {
-      if (across[n]) pack_across<P>(c, *across[n], batch, head, token, some, x, into.across[n] + at * across_size<P>(c));
-      if (along[n]) pack_along<P>(c, *along[n], batch, head, token, some, into.along[n] + at * along_size<P>(c));
-      if (numbers[n])
-        for (int64_t j = 0; j < PANEL; j++)
-          into.numbers[n][at * PANEL + j] = j < some ? *row(*numbers[n], batch, head, token[j]) : 0;
-    }
-  }
-}
-
-// Blocks of columns that block `block` of a head's rows sees: `body(first panel, columns)`.
-template <class Body>
-void listed(const Call &c, const Packed &packed, int64_t unit, int64_t block, Body body) {
-  const int64_t batch = unit / c.heads, head = unit % c.heads;
-  const int64_t *bounds = c.start + (batch * c.map_batch + head * c.map_head) * c.rows.blocks + block;
-  const int64_t *at = panels_of(c, batch, head);
-  for (int64_t i = bounds[0]; i < bounds[1]; i++)
-    body(unit * c.panels + at[c.list[i]], packed.count[unit * c.columns.blocks + c.list[i]]);
 }
 
 // Scores of a strip's rows by the columns of one panel.
@@ -236,7 +143,7 @@ void add_tile(const Call &c, const Packed &keys, const Columns &columns, Scratch
 // The tiles of columns that a block of rows sees.
 void list_tiles(const Call &c, const Packed &keys, int64_t unit, int64_t block, std::vector<Columns> &into) {
   into.assign(1, {});
-  listed(c, keys, unit, block, [&](int64_t panel, int64_t seen) {
+  listed(c, keys.count, unit, block, [&](int64_t, int64_t panel, int64_t seen, int64_t) {
     for (int64_t from = 0, some; from < seen; from += some) {
       if (into.back().panels == PANELS) into.emplace_back();
       some = std::min<int64_t>(seen - from, COLUMNS - into.back().panels * PANEL);
@@ -276,15 +183,7 @@ void attend(const Call &c, const Packed &keys, Scratch &x, int64_t unit, int64_t
         add_tile<P, M>(c, keys, columns, x, r, weights);
       });
   }
-  for (int64_t r = 0; r < count; r++) {
-    float total = 0;
-    for (int w = 0; w < W; w++) total += x.total[r][w];
-    const float factor = total == 0 ? 0 : 1 / total;  // 0: it sees nothing
-    for (int64_t d = 0; d < width; d++) x.sum[0][r * width + d] *= factor;
-    *const_cast<float *>(row(c.lse, batch, head, x.token[r])) =
-        total == 0 ? -INF : (x.top[r] + std::log2(total)) * LN_2;
-  }
-  scatter(c, c.out, batch, head, x.token, count, 1, x.sum[0] + 0);
+  finish(c, unit, x.token, count, x.sum[0] + 0, width, x.top + 0, x.total);
 }
 
 // p = 2^s / 2^lse and dS = p (dP - shift) of a strip of `rows` keys, as left operands, and dS as a right one whose tile
@@ -357,23 +256,11 @@ void differentiate_tile(const Call &c, const Packed &queries, const Buffer &d_q,
       else product<P, 1>(left, right, rows / DEEP, to, SIDE, 0, SIDE * width, 2 * panels, true);
     }
   };
-  listed(c, queries, unit, block, [&](int64_t panel, int64_t seen) {
+  listed(c, queries.count, unit, block, [&](int64_t, int64_t panel, int64_t seen, int64_t) {
     for (int64_t i = 0; i < over(seen, PANEL); i += PANELS) tile(panel + i, std::min<int64_t>(PANELS, over(seen, PANEL) - i));
   });
-  scatter(c, c.d_k, batch, head, x.token, count, c.scale, x.sum[0] + 0);
-  scatter(c, c.d_v, batch, head, x.token, count, 1, x.sum[1] + 0);
-}
-
-// Every tile of a block of rows, all of about one size: `body(how many)`, with its tokens in `x`.
-template <class Body>
-void tiles(const Call &c, Scratch &x, int64_t unit, int64_t block, Body body) {
-  const int64_t batch = unit / c.heads, head = unit % c.heads, *bounds = first(c.rows, batch, head);
-  x.token.resize(ROWS);
-  const int64_t all = bounds[block + 1] - bounds[block], size = all ? up(over(all, over(all, ROWS)), SIDE) : 0;
-  for (int64_t from = bounds[block]; from < bounds[block + 1]; from += size) {
-    const int64_t to = std::min(from + size, bounds[block + 1]);
-    if (const int64_t count = tokens(c.rows, batch, head, from, to, x.token.data())) body(count);
-  }
+  scatter(c, c.d_k, unit, x.token, count, c.scale, x.sum[0] + 0, width);
+  scatter(c, c.d_v, unit, x.token, count, 1, x.sum[1] + 0, width);
 }
 
 // All gradients of one head: by one thread, so that sums have one order.
@@ -383,7 +270,7 @@ void differentiate_head(const Call &c, const Packed &queries, Buffer &d_q, Scrat
   float *sums = d_q + unit * slots * width;
   std::fill_n(sums, slots * width, 0.f);
   for (int64_t block = 0; block < c.rows.blocks; block++)
-    tiles(c, x, unit, block, [&](int64_t n) { differentiate_tile<P>(c, queries, d_q, x, unit, block, n); });
+    tiles(c, x.token, unit, block, SIDE, [&](int64_t n) { differentiate_tile<P>(c, queries, d_q, x, unit, block, n); });
   const int64_t *bounds = first(c.columns, batch, head), *at = panels_of(c, batch, head);
   for (int64_t block = 0; block < c.columns.blocks; block++) {
     x.token.resize(std::max<int64_t>(1, bounds[block + 1] - bounds[block]));
@@ -413,7 +300,7 @@ void run(const Call &c, const Tensor *const (&across)[2], const Tensor *const (&
   together(c.threads, [&] {
     const Shaped shaped;
     Scratch x;
-    packing.each(items, [&](int64_t item) { pack<P>(c, packed, across, along, numbers, item, x); });
+    packing.each(items, [&](int64_t item) { pack<P>(c, packed, across, along, numbers, item, x.token); });
     body(packed, x, computing);
   });
 }
@@ -423,7 +310,7 @@ void forward(const Call &c) {
   run<P>(c, {&c.k, nullptr}, {&c.v, nullptr}, {nullptr, nullptr}, [&](const Packed &keys, Scratch &x, Shared &shared) {
     shared.each(c.tasks, [&](int64_t i) {
       const int64_t block = c.task[i] % c.rows.blocks, unit = c.task[i] / c.rows.blocks;
-      tiles(c, x, unit, block, [&](int64_t count) { attend<P>(c, keys, x, unit, block, count); });
+      tiles(c, x.token, unit, block, SIDE, [&](int64_t count) { attend<P>(c, keys, x, unit, block, count); });
     });
   });
 }

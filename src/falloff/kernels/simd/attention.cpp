@@ -11,6 +11,7 @@
 
 #include "packed.hpp"
 #include "threads.hpp"
+#include "walk.hpp"
 
 namespace {
 
@@ -29,26 +30,6 @@ void gather(const Call &c, const Tensor &from, int64_t batch, int64_t head, cons
   for (int64_t r = 0; r < count; r++) {
     const float *x = row(from, batch, head, token[r]);
     for (int64_t d = 0; d < c.channels; d++) into[r * width + d] = x[d] * factor;
-  }
-}
-
-void scatter(const Call &c, const Tensor &to, int64_t batch, int64_t head, const std::vector<int64_t> &token,
-             int64_t count, float factor, const float *sum) {
-  for (int64_t r = 0; r < count; r++) {
-    float *x = const_cast<float *>(row(to, batch, head, token[r]));
-    for (int64_t d = 0; d < c.channels; d++) x[d] = sum[r * wide(c) + d] * factor;
-  }
-}
-
-// Blocks of columns that block `block` of a head's rows sees: `body(which, first slot, columns, blocks that follow)`.
-template <class Body>
-void listed(const Call &c, const Packed &packed, int64_t unit, int64_t block, Body body) {
-  const int64_t batch = unit / c.heads, head = unit % c.heads;
-  const int64_t *bounds = c.start + (batch * c.map_batch + head * c.map_head) * c.rows.blocks + block;
-  const int64_t *at = panels_of(c, batch, head);
-  for (int64_t i = bounds[0]; i < bounds[1]; i++) {
-    const int64_t other = c.list[i], count = packed.count[unit * c.columns.blocks + other];
-    body(other, (unit * c.panels + at[other]) * W, count, bounds[1] - i - 1);
   }
 }
 
@@ -126,7 +107,7 @@ void attend_means(const Call &c, const Packed &keys, const Means &means, Scratch
   const int64_t blocks = c.columns.blocks, first_slot = unit * mean_slots(c);
   float *bias = x.bias.need(up(blocks, COLUMNS));
   std::fill(std::copy_n(means.bias + first_slot, blocks, bias), bias + up(blocks, COLUMNS), -INF);
-  listed(c, keys, unit, block, [&](int64_t other, int64_t, int64_t, int64_t) { bias[other] = -INF; });
+  listed(c, keys.count, unit, block, [&](int64_t other, int64_t, int64_t, int64_t) { bias[other] = -INF; });
   parts(blocks, [&](int64_t from, int64_t seen) {
     if (std::all_of(bias + from, bias + from + seen, [](float b) { return b == -INF; })) return;
     Columns columns;
@@ -162,7 +143,8 @@ void attend(const Call &c, const Packed &keys, const Means &means, Scratch &x, i
     });
     columns = {};
   };
-  listed(c, keys, unit, block, [&](int64_t, int64_t slot, int64_t all, int64_t later) {
+  listed(c, keys.count, unit, block, [&](int64_t, int64_t panel, int64_t all, int64_t later) {
+    const int64_t slot = panel * W;
     if (c.skip >= 0 && later >= c.protect) return attend_block(c, keys, x, count, slot, all);
     for (int64_t from = 0, some; from < all; from += some) {
       some = std::min(all - from, COLUMNS - columns.vectors * W);
@@ -172,15 +154,7 @@ void attend(const Call &c, const Packed &keys, const Means &means, Scratch &x, i
   });
   if (columns.vectors) flush();
   if (c.summary) attend_means(c, keys, means, x, unit, block, count);
-  for (int64_t r = 0; r < count; r++) {
-    float total = 0;
-    for (int w = 0; w < W; w++) total += x.total[r][w];
-    const float factor = total == 0 ? 0 : 1 / total;  // 0: it sees nothing
-    for (int64_t d = 0; d < width; d++) x.sum[0][r * width + d] *= factor;
-    *const_cast<float *>(row(c.lse, batch, head, x.token[r])) =
-        total == 0 ? -INF : (x.top[r] + std::log2(total)) * LN_2;
-  }
-  scatter(c, c.out, batch, head, x.token, count, 1, x.sum[0] + 0);
+  finish(c, unit, x.token, count, x.sum[0] + 0, width, x.top + 0, x.total);
 }
 
 // p = 2^s / 2^lse and dS = p (dP - shift) of a strip of keys, p in place of s.
@@ -222,23 +196,11 @@ void differentiate_tile(const Call &c, const Packed &queries, const Buffer &d_q,
                        width / W);
     });
   };
-  listed(c, queries, unit, block, [&](int64_t, int64_t slot, int64_t all, int64_t) {
-    parts(all, [&](int64_t from, int64_t seen) { tile(slot + from, seen); });
+  listed(c, queries.count, unit, block, [&](int64_t, int64_t panel, int64_t all, int64_t) {
+    parts(all, [&](int64_t from, int64_t seen) { tile(panel * W + from, seen); });
   });
-  scatter(c, c.d_k, batch, head, x.token, count, c.scale, x.sum[0] + 0);
-  scatter(c, c.d_v, batch, head, x.token, count, 1, x.sum[1] + 0);
-}
-
-// Every tile of a block of rows, all of about one size: `body(how many)`, with its tokens in `x`.
-template <class Body>
-void tiles(const Call &c, Scratch &x, int64_t unit, int64_t block, Body body) {
-  const int64_t batch = unit / c.heads, head = unit % c.heads, *bounds = first(c.rows, batch, head);
-  x.token.resize(ROWS);
-  const int64_t all = bounds[block + 1] - bounds[block], size = all ? up(over(all, over(all, ROWS)), PART) : 0;
-  for (int64_t from = bounds[block]; from < bounds[block + 1]; from += size) {
-    const int64_t to = std::min(from + size, bounds[block + 1]);
-    if (const int64_t count = tokens(c.rows, batch, head, from, to, x.token.data())) body(count);
-  }
+  scatter(c, c.d_k, unit, x.token, count, c.scale, x.sum[0] + 0, width);
+  scatter(c, c.d_v, unit, x.token, count, 1, x.sum[1] + 0, width);
 }
 
 // All gradients of one head: by one thread, so that sums have one order.
@@ -247,12 +209,12 @@ void differentiate_head(const Call &c, const Packed &queries, Buffer &d_q, Scrat
   float *sums = d_q + unit * slots * width;
   std::fill_n(sums, slots * width, 0.f);
   for (int64_t block = 0; block < c.rows.blocks; block++)
-    tiles(c, x, unit, block, [&](int64_t n) { differentiate_tile(c, queries, d_q, x, unit, block, n); });
+    tiles(c, x.token, unit, block, PART, [&](int64_t n) { differentiate_tile(c, queries, d_q, x, unit, block, n); });
   const int64_t *bounds = first(c.columns, batch, head), *at = panels_of(c, batch, head);
   for (int64_t block = 0; block < c.columns.blocks; block++) {
     x.token.resize(std::max<int64_t>(1, bounds[block + 1] - bounds[block]));
     const int64_t count = tokens(c.columns, batch, head, bounds[block], bounds[block + 1], x.token.data());
-    scatter(c, c.d_q, batch, head, x.token, count, c.scale, sums + at[block] * W * width);
+    scatter(c, c.d_q, unit, x.token, count, c.scale, sums + at[block] * W * width, width);
   }
 }
 
@@ -301,7 +263,7 @@ void falloff_forward(const Call *call) {
       [&](const Packed &keys, Scratch &x, Shared &shared) {
         shared.each(c.tasks, [&](int64_t i) {
           const int64_t block = c.task[i] % c.rows.blocks, unit = c.task[i] / c.rows.blocks;
-          tiles(c, x, unit, block, [&](int64_t count) { attend(c, keys, means, x, unit, block, count); });
+          tiles(c, x.token, unit, block, PART, [&](int64_t count) { attend(c, keys, means, x, unit, block, count); });
         });
       });
 }

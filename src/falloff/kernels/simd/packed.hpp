@@ -12,9 +12,7 @@
 
 namespace {
 
-constexpr int ROWS = 128;        // of a tile: larger blocks are cut
-constexpr int COLUMNS = 64;      // of a tile: its operands stay in the first-level cache
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr int COLUMNS = 64;  // of a tile: its operands stay in the first-level cache
 
 // The columns of all heads: `panels` [panel, channel, W] and `rows` [token, wide] of up to two tensors, vectors of
 // numbers per token, and how many tokens each block has. What a call does not use stays empty.

@@ -22,6 +22,7 @@ constexpr int W = 4, STRIP = 6;
 #endif
 constexpr int PART = STRIP / 3;  // rows are padded to a multiple of this
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 typedef float Vec __attribute__((vector_size(W * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(W * sizeof(float))));
