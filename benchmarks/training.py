@@ -100,11 +100,10 @@ def sparse_ways() -> dict[str, falloff.Method]:
 
 
 def load(precision: str = "no") -> WanPipeline:
-    """In float32; with "bf16" its transformer is in bfloat16, as one that is tuned under autocast runs."""
-    pipe = WanPipeline.from_pretrained(miniature.path(), dtype=torch.float32)
+    """In float32; with "bf16" its transformer is in bfloat16, but for the modules that diffusers keeps in float32."""
+    types = {"default": torch.float32, "transformer": torch.bfloat16 if precision == "bf16" else torch.float32}
+    pipe = WanPipeline.from_pretrained(miniature.path(), dtype=types)
     pipe.set_progress_bar_config(disable=True)
-    if precision == "bf16":
-        pipe.transformer.to(torch.bfloat16)
     return pipe
 
 

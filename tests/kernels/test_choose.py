@@ -35,8 +35,17 @@ def test_auto_takes_the_tile_kernel_only_where_it_is_fast_and_exact_enough(
     monkeypatch, dtype, needs_grad, needs_lse, name
 ):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     q = torch.zeros(1, 1, 8, 4, dtype=dtype)
     assert choose(dense_plan(8, 8), q, needs_grad=needs_grad, needs_lse=needs_lse).name == name
+
+
+def test_auto_passes_over_the_tile_kernel_where_amx_serves_the_flash_operator_better(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    q = torch.zeros(1, 1, 8, 4, dtype=torch.bfloat16)
+    choice = choose(dense_plan(8, 8), q, needs_lse=False)
+    assert choice.name != "cpu-tile"
+    assert "the CPU has AMX" in dict(choice.skipped)["cpu-tile"]
 
 
 def test_a_named_kernel_that_cannot_run_is_refused_with_the_reason(monkeypatch):

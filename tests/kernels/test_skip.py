@@ -254,6 +254,7 @@ def test_a_gradient_is_refused(impl: str) -> None:
 
 def test_kernels_that_cannot_are_passed_over_and_refuse_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     q = torch.zeros(1, 1, 48, 16, dtype=torch.bfloat16)
     plan = uniform_plan(torch.ones(3, 3, dtype=torch.bool), 48, 48, 16)
     assert choose(plan, q, needs_lse=False).name == "cpu-tile"

@@ -30,6 +30,7 @@ OWN = (
         cpu_tile.absent,
         cpu_tile.refuse,
         rough_lse=True,
+        unsuited=cpu_tile.unsuited,
     ),
     Kernel(
         "cpu-simd",

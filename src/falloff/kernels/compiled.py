@@ -61,6 +61,12 @@ def runs(source: Path, x: torch.Tensor) -> bool:
     return served and not isinstance(library(source), CompileError)
 
 
+def offers(instructions: str, *, unknown: bool) -> bool:
+    """Whether PyTorch says that this CPU has them; ``unknown`` where this PyTorch does not tell."""
+    probe = getattr(torch.cpu, f"_is_{instructions}_supported", lambda: unknown)  # private, so it may go away
+    return bool(probe())
+
+
 def width(source: Path) -> int:
     """Numbers in a vector of a library that is known to be there."""
     found: int = _present(source).falloff_width()

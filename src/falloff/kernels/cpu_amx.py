@@ -35,7 +35,7 @@ def attention(
 
 
 def absent() -> str | None:
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not compiled.offers("amx_tile", unknown=True):
         return "the CPU has no AMX, or PyTorch was told not to use its vectors"
     made = compiled.library(SOURCE)
     if isinstance(made, compiled.CompileError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from falloff.kernels import compiled
 from falloff.kernels.cpu import fit_scores, in_units, over_chunks
 from falloff.kernels.cpu import refuse as refuse_device
 from falloff.kernels.launch import Launch
@@ -31,10 +32,15 @@ def attention(
 
 def absent() -> str | None:
     """Why this machine cannot run it at a gain; ``None`` where it can."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may go away
-    if any(getattr(torch.cpu, probe, lambda: False)() for probe in probes):
+    if any(compiled.offers(each, unknown=False) for each in ("avx512_bf16", "amx_tile")):
         return None
     return "the CPU has neither AVX-512 BF16 nor AMX; without them it is slower than dense attention"
+
+
+def unsuited(needs: Needs) -> str | None:
+    """By AMX the flash operator is fast, and products of tiles this small are not (benchmarks/results)."""
+    amx = compiled.offers("amx_tile", unknown=False)
+    return "the CPU has AMX, by which PyTorch's flash operator is faster" if amx else None
 
 
 def refuse(needs: Needs) -> str | None:
