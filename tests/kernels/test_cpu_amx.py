@@ -81,6 +81,23 @@ def test_tiles_strips_and_tails_are_as_close_as_sdpa(dim: int, sizes: tuple[int,
 
 @here
 @both_types
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_turn_scores_round_or_make_all_alike(scale: float, dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in qkv(9, 1, 2, 70, 45, 24))
+    plan = dense_plan(70, 45, 30)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = run(plan, *leaves, scale=scale, impl="cpu-amx")
+    expected, expected_lse = run(plan, *exact, scale=scale, impl="reference")
+    assert_close(out.double(), expected, 0.02)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
+    grads = [torch.autograd.grad(x.double().square().sum(), each) for x, each in ((out, leaves), (expected, exact))]
+    for got, true in zip(*grads, strict=True):
+        assert_close(got.double(), true, 0.02)
+
+
+@here
+@both_types
 def test_a_map_merged_with_its_complement_is_dense(dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in qkv(2, 1, 2, 150, 150, 32))
     blocks = random_map(3, 2, 5, 5)

@@ -86,7 +86,8 @@ Tiles strip_of(const Numbers<Part> &x, int64_t panel) {
 template <int P>
 void weigh(const Call &c, Scratch &x, const float *scores, Part *weights, int64_t r, int64_t rows, int64_t panels) {
   const int64_t width = wide(c);
-  const float factor = std::fabs(c.scale) * LOG2_E;  // its sign is in the queries
+  // Its sign is in the queries. Above 0, so that a score of -inf, where there is no column, stays one.
+  const float factor = std::max(std::fabs(c.scale) * LOG2_E, std::numeric_limits<float>::min());
   for (int64_t i = 0; i < rows; i++) {
     const float *s = scores + i * COLUMNS;
     float &top = x.top[r + i], *sum = x.sum[0] + (r + i) * width;
