@@ -31,6 +31,8 @@ class Told(tiny.Frames):
 def test_off_it_changes_nothing_and_on_it_leaves_float64() -> None:
     x, y = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
     assert cast(x, y) == (x, y)
+    shape = torch.zeros(2, device="meta")
+    assert cast(shape) == (shape,)
     with torch.autocast("cpu", torch.bfloat16):
         assert [z.dtype for z in cast(x, y)] == [torch.bfloat16, torch.float64]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values in autocast's type where it is on; float64 as it is, which autocast leaves alone."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta tensors
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
