@@ -21,7 +21,7 @@ def test_generate(falloff, checkpoint: Path, tmp_path: Path) -> None:
     assert result.code == 0
     assert read(output).shape == (9, 32, 32, 3)
     assert list(output.parent.iterdir()) == [output]
-    assert "dense because     dense first step: 2 calls" in result.out
+    assert "dense because     dense first step: 4 calls" in result.out
     assert "9 frames of 32 x 32 at 8 a second" in result.out
     assert "step 3 of 3" in result.err
     assert "Warning" not in result.err
@@ -51,8 +51,8 @@ def test_generate_with_another_family(falloff, tmp_path: Path) -> None:
     result = falloff("generate", "a fox", "--model", tmp_path / "model", *size, *SPARSE, "--output", output)
     assert result.code == 0
     assert "9 frames of 64 x 48" in result.out
-    assert "dense first step: 1 calls" in result.out
-    assert "1 sparse, 3 dense" in result.out
+    assert "dense first step: 2 calls" in result.out
+    assert "2 sparse, 2 dense" in result.out
 
 
 def test_compare(falloff, checkpoint: Path, tmp_path: Path) -> None:
