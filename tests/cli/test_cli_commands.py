@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from falloff.cli.settings import choose, choose_all, words
 from falloff.kernels import proof
@@ -26,6 +27,19 @@ def test_generate(falloff, checkpoint: Path, tmp_path: Path) -> None:
     assert "step 3 of 3" in result.err
     assert "Warning" not in result.err
     assert "it/s" not in result.err
+
+
+def test_a_kernel_that_cannot_run_the_models_type_is_one_line(
+    falloff, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    output, kernel = tmp_path / "new" / "fox.mp4", ("--kernel", "cpu-tile")
+    result = falloff("generate", "a fox", "--model", checkpoint, "--frames", 9, *SPARSE, *kernel, "--output", output)
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith("falloff: falloff tried the sparse attention of later steps")
+    assert "it computes in bfloat16, the tensors are torch.float32" in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+    assert not output.exists()
 
 
 def test_generate_with_another_family(falloff, tmp_path: Path) -> None:

@@ -91,8 +91,11 @@ def running() -> Iterator[None]:
     """Errors of a pipeline call and of falloff's own checks as one line each."""
     import torch
 
+    from falloff.sanity import OutputError
+    from falloff.session import RehearsalError
+
     try:
-        with told(ValueError, TypeError, ArithmeticError):
+        with told(ValueError, TypeError, ArithmeticError, RehearsalError, OutputError):
             yield
     except torch.OutOfMemoryError as error:
         raise CommandError("the device's memory is full; ask for fewer frames or a smaller size") from error
