@@ -267,7 +267,7 @@ def patch(
     if before is not None:
         clone.remove_wrappers_with_key(WRAPPER, KEY)
         previous = before.previous
-    session = Session(method, schedule=(schedule or method.schedule).named(None), kernel=kernel, timing=timing)
+    session = Session(method, schedule=schedule or method.schedule, kernel=kernel, timing=timing)
     ours = Patch(session, previous)
     clone.add_wrapper_with_key(WRAPPER, KEY, ours.around)
     options[OVERRIDE] = ours.attention
