@@ -298,9 +298,11 @@ def training_figures(experiment: str) -> str:
     rows = []
     for name, course in row["arms"].items():
         losses = list(course["validation"].values())
-        rows.append([name, f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{course['seconds_a_step']:.1f} s"])
-    before = "loss before the LoRA" if experiment == "sparse" else "loss before"
-    parts = [table([f"{row['steps']} steps, {row['frames']} frames", before, "after", "a step"], rows)]
+        step = row.get("timed", {}).get(name, course["seconds_a_step"])
+        rows.append([name, f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{step:.1f} s"])
+    if "timed" in row:
+        rows.append(["dense, PyTorch's own attention", "", "", f"{row['timed']['PyTorch']:.1f} s"])
+    parts = [table([f"{row['steps']} steps, {row['frames']} frames", "loss before", "after", "a step"], rows)]
     if "prompts" in row:
         parts.append(prompts_table(row["prompts"]))
     return "\n\n".join([*parts, source(result, path, "../")])

@@ -9,9 +9,9 @@ steps each, so that a machine that slows down favours none, and validated with t
 noise and noise levels. Work in WORK is gone on with when it is interrupted. With ``--precision bf16`` all ways are
 tuned under autocast, and draw with a transformer in bfloat16.
 
-Every way has the same number of steps. Of a way with branches a quarter of them is its first stage, in which these
-alone are fitted to dense attention layer by layer, and the rest tunes branches and LoRA from there; blocks alone, which
-have nothing to fit, tune the LoRA in all of them.
+Every way has the same number of steps, all of which tune its LoRA together with its branches where it has some. With
+``--dense-kernel`` the dense way of ``length`` is tuned on that kernel with every block on, which may be faster than
+PyTorch's own attention. When all is tuned, steps of all ways, and of PyTorch's own attention, are timed in turns.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from falloff.training import Course, Lora, Size, Sparse, train_lora, train_spars
 from falloff.training.adapter import loaded
 
 TURNS = 2
-FITTED = 0.25
-"""Share of the steps of a way with branches that is its first stage."""
-FITTING_RATE = 1e-2
-"""Of that stage: what it fits are small layers that begin at zero, and no weight of the model is touched."""
+AVERAGED = 0.95
+"""Decay of the average of the weights that is validated and kept: single clips pull far at rates worth having."""
+TIMED = 5
+"""Rounds in which every way takes a step for its time alone."""
 CLIPS = 48
 """To tune on and to validate with."""
 CALL = call_arguments(miniature.path())
@@ -64,11 +64,13 @@ class Way:
     method: falloff.Method
     schedule: falloff.Schedule
     tuned: str | None = None
+    kernel: str = "auto"
 
 
 DENSE = Way(falloff.Full(), falloff.Schedule(dense_first=0, dense_layers=()))
-# Decay 1 as published for four times the length; two dense layers of forty are none of six.
-RADIAL = Way(falloff.Radial(decay=1.0), falloff.Schedule(dense_first=1, dense_layers=()))
+EVERY_BLOCK = falloff.Radial(sink_frames=10**6, block=128)  # every frame a sink: all pairs
+# Decay 1 and blocks of 128 as published for four times the length; two dense layers of forty are none of six.
+RADIAL = Way(falloff.Radial(decay=1.0, block=128), falloff.Schedule(dense_first=1, dense_layers=()))
 
 
 class LinearAlone(falloff.SLA):
@@ -111,7 +113,11 @@ def in_turns(names: list[str], steps: int, tune: Callable[[str, Course], None], 
     for turn in range(TURNS):
         for name in names:
             done = steps * (turn + 1) // TURNS
-            tune(name, Course(steps=done, rate=rate, warmup=3, save_every=5, check_every=10**6))
+            tune(name, course_at(rate, done))
+
+
+def course_at(rate: float, steps: int) -> Course:
+    return Course(steps=steps, rate=rate, warmup=3, ema=AVERAGED, save_every=5, check_every=10**6)
 
 
 def told(name: str) -> Callable[[str, int, int], None]:
@@ -171,39 +177,39 @@ def judged(ways: Mapping[str, Way], work: Path, frames: int, prompts: int, preci
     }
 
 
-def length(work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any) -> dict[str, Any]:
-    arms = {"dense": DENSE, "radial": RADIAL}
+def length(
+    work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any, dense_kernel: str | None
+) -> dict[str, Any]:
+    arms = {"dense": DENSE if dense_kernel is None else replace(DENSE, method=EVERY_BLOCK, kernel=dense_kernel)}
+    arms["radial"] = RADIAL
     size = Size(frames=frames, height=CALL["height"], width=CALL["width"])
+    common = Lora(size=size, trained_frames=CALL["num_frames"], rank=rank, validation=2, samples=0, precision=precision)
 
-    def tune(name: str, course: Course) -> None:
-        lora = Lora(
-            size=size,
-            trained_frames=CALL["num_frames"],
-            rank=rank,
-            validation=2,
-            samples=0,
-            precision=precision,
-        )
+    def tune(name: str, way: Way, lora: Lora, course: Course) -> None:
         train_lora(
             load(),
             work / "clips",
             work / name,
-            arms[name].method,
+            way.method,
             lora,
             course,
-            schedule=arms[name].schedule,
+            schedule=way.schedule,
+            kernel=way.kernel,
             call=CALL,
             cache=work / "cache",
             progress=told(name),
         )
 
-    in_turns(list(arms), steps, tune, rate)
-    courses = {name: course_of(work / name) for name in arms}
-    slow, fast = (courses[name]["seconds_a_step"] for name in arms)
-    row: dict[str, Any] = {"arms": courses, "times_less_tuning": slow / fast}
+    in_turns(list(arms), steps, lambda name, course: tune(name, arms[name], common, course), rate)
+    for done in range(1, 1 + TIMED):
+        for name, way in (arms | {"PyTorch": DENSE}).items():
+            tune(f"{name}, timed", way, replace(common, validation=0), course_at(rate, done))
+    row: dict[str, Any] = {"arms": {name: course_of(work / name) for name in arms}, "dense_kernel": dense_kernel}
+    row["timed"] = {name: course_of(work / f"{name}, timed")["seconds_a_step"] for name in [*arms, "PyTorch"]}
     if prompts:
-        ways = {f"{name}, untuned": way for name, way in arms.items()}
-        ways |= {f"{name}, tuned": Way(way.method, way.schedule, name) for name, way in arms.items()}
+        drawn = {"dense": DENSE, "radial": RADIAL}
+        ways = {f"{name}, untuned": way for name, way in drawn.items()}
+        ways |= {f"{name}, tuned": replace(way, tuned=name) for name, way in drawn.items()}
         row["prompts"] = judged(ways, work, frames, prompts, precision)
     return row
 
@@ -211,39 +217,23 @@ def length(work: Path, steps: int, frames: int, prompts: int, rate: float, rank:
 def sparse(work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any) -> dict[str, Any]:
     methods, size = sparse_ways(), Size(frames=frames, height=CALL["height"], width=CALL["width"])
     common = Sparse(size=size, rank=rank, validation=2, samples=0, precision=precision)
-    first_stage = replace(common, aim="output", backbone="none")
-    fitted = {name: round(FITTED * steps) for name, method in methods.items() if method.learns}
 
-    def stage(name: str, output: Path, sparse: Sparse, course: Course, start: Path | None) -> None:
+    def tune(name: str, course: Course) -> None:
         train_sparse(
             load(),
             work / "clips",
-            output,
+            work / name,
             methods[name],
-            sparse,
+            common,
             course,
-            start=start,
             schedule=DENSE.schedule,
             call=CALL,
             cache=work / "cache",
-            progress=told(output.name),
+            progress=told(name),
         )
-
-    def first(name: str) -> Path:
-        return work / f"{name}, fitted"
-
-    def tune(name: str, course: Course) -> None:
-        count = fitted.get(name, 0)
-        if count:
-            fitting = replace(course, steps=min(count, course.steps), rate=FITTING_RATE)
-            stage(name, first(name), first_stage, fitting, None)
-        if course.steps > count:
-            second = replace(course, steps=course.steps - count)
-            stage(name, work / name, common, second, first(name) if count else None)
 
     in_turns(list(methods), steps, tune, rate)
     row: dict[str, Any] = {"arms": {name: course_of(work / name) for name in methods}}
-    row["first_stage"] = {name: course_of(first(name)) for name, count in fitted.items() if count}
     if prompts:
         ways = {"dense": DENSE, **{name: Way(way, DENSE.schedule, name) for name, way in methods.items()}}
         row["prompts"] = judged(ways, work, frames, prompts, precision)
@@ -263,6 +253,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--dense-kernel", help="kernel to tune dense attention on; PyTorch's own unless given")
     parser.add_argument("--prompts", type=int, default=0, help="held-out prompts to judge, none unless given")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     given = parser.parse_args()
@@ -272,7 +263,8 @@ def main() -> None:
         write_clips(given.work / "clips", CLIPS, frames, seed=1)
     settings = {"frames": frames, "steps": steps, "rate": given.rate, "rank": given.rank, "precision": given.precision}
     row = {"experiment": given.experiment, **settings}
-    row |= measure(given.work, prompts=given.prompts, **settings)
+    own = {"dense_kernel": given.dense_kernel} if given.experiment == "length" else {}
+    row |= measure(given.work, prompts=given.prompts, **settings, **own)
     command = shlex.join(["python", *("WORK" if arg == str(given.work) else arg for arg in sys.argv)])
     record.write(given.output, command, torch.device("cpu"), [row])
     print(json.dumps(row, indent=1))

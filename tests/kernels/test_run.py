@@ -89,14 +89,54 @@ def test_permuting_tokens_and_orders_together_permutes_the_output(impl, case):
     assert_equal(got, (out[:, :, q_move], lse[:, :, q_move]))
 
 
+def halves(case: Case):
+    """The case's plan, one of some of the blocks that it leaves out, and the plan of both."""
+    blocks = case.plan.blocks.dense()
+    others = ~blocks & (torch.rand(blocks.shape, generator=torch.Generator().manual_seed(3)) < 0.5)
+    return [dataclasses.replace(case.plan, blocks=BlockMap.from_dense(b)) for b in (blocks, others, blocks | others)]
+
+
 @every_kernel
 @few
 @given(case=cases())
-def test_a_map_merged_with_its_complement_is_dense(impl, case):
-    rest = dataclasses.replace(case.plan, blocks=BlockMap.from_dense(~case.plan.blocks.dense()))
-    branches = [run(plan, case.q, case.k, case.v, key_valid=case.key_valid, impl=impl) for plan in (case.plan, rest)]
-    dense = dense_plan(case.plan.q_len, case.plan.kv_len)
-    assert_equal(merge(*branches), run(dense, case.q, case.k, case.v, key_valid=case.key_valid, impl="reference"))
+def test_two_maps_without_common_blocks_merge_to_what_both_see(impl, case):
+    *parts, union = halves(case)
+    branches = [run(plan, case.q, case.k, case.v, key_valid=case.key_valid, impl=impl) for plan in parts]
+    expected = run(union, case.q, case.k, case.v, key_valid=case.key_valid, impl=impl)
+    assert_equal(merge(*branches), expected, min(TOLERANCE, 2e-6))
+
+
+@every_kernel
+@few
+@given(case=cases())
+def test_gradients_through_a_merge_are_those_of_the_union(impl, case):
+    generator = torch.Generator().manual_seed(0)
+    d_out, d_lse = tensors(generator, *case.q.shape), tensors(generator, *case.q.shape[:3])
+    *parts, union = halves(case)
+    grads = []
+    for plans, name in ((parts, impl), ([union], "reference")):
+        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        branches = [run(plan, *leaves, key_valid=case.key_valid, impl=name) for plan in plans]
+        out, lse = merge(*branches) if len(branches) > 1 else branches[0]
+        total = (out * d_out).sum() + (torch.where(lse.isinf(), 0, lse) * d_lse).sum()
+        grads.append(torch.autograd.grad(total, leaves))
+    assert_equal(grads[0], grads[1])
+
+
+@every_kernel
+def test_a_branch_over_the_text_of_each_sample_merges_to_one_softmax(impl):
+    """As HunyuanVideo's text, whose length is every sample's own."""
+    q, k, v = qkv(14, 2, 2, 40, 50, 16)  # 40 tokens of video, 10 of text
+    valid = torch.arange(50) < torch.tensor([43, 48])[:, None]
+    blocks = random_map(14, 2, 5, 5) | torch.eye(5, dtype=torch.bool)
+    video = run(uniform_plan(blocks, 40, 40, 8), q, k[:, :, :40], v[:, :, :40], impl=impl)
+    text = run(dense_plan(40, 10), q, k[:, :, 40:], v[:, :, 40:], key_valid=valid[:, 40:], impl=impl)
+    seen = torch.cat(
+        [uniform_plan(blocks, 40, 40, 8).mask().expand(2, -1, -1, -1), valid[:, None, None, 40:].expand(2, 2, 40, 10)],
+        -1,
+    )
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    assert_equal(merge(video, text)[0], expected)
 
 
 @every_kernel
@@ -128,6 +168,22 @@ def test_all_on_equals_sdpa_also_for_strided_inputs(impl):
     assert_equal(
         run(dense_plan(65, 65, 32), *every_other, impl=impl)[0], F.scaled_dot_product_attention(*every_other), 1e-6
     )
+
+
+@every_kernel
+def test_all_on_equals_sdpa_block_by_block(impl):
+    """With a gradient or with words about keys no kernel leaves the whole map to PyTorch's operator."""
+    q, k, v = qkv(1, 2, 3, 65, 65, 16, torch.float32)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    plan, valid = dense_plan(65, 65, 32), torch.ones(2, 65, dtype=torch.bool)
+    assert_equal(run(plan, q, k, v, key_valid=valid, impl=impl)[0], expected, 1e-6)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, _ = run(plan, *leaves, impl=impl)
+    assert_equal(out.detach(), expected, 1e-6)
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(F.scaled_dot_product_attention(*exact).square().sum(), exact)
+    assert_equal(got, tuple(x.float() for x in wanted), 1e-5)
 
 
 @every_kernel
@@ -180,15 +236,31 @@ def test_a_tail_of_one_token_gives_its_value(impl):
 
 
 @every_kernel
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 1000])
 @pytest.mark.parametrize("size", [64, 128])
-def test_float32_over_many_lengths(impl, length, size):
-    q, k, v = qkv(7, 1, 2, length, 77, 32, torch.float32)
-    blocks = random_map(length, 2, -(-length // size), -(-77 // size), density=0.5)
-    case = Case(uniform_plan(blocks, length, 77, size), q.double(), k.double(), v.double(), None)
-    out, lse = run(case.plan, q, k, v, impl=impl)
-    expected = run(case.plan, case.q, case.k, case.v, impl="reference")
-    assert_equal((out.double(), lse.double()), expected, 1e-5)
+@pytest.mark.parametrize(("maps", "density"), [((), 0.1), ((1, 2), 0.5), ((2, 1), 0.8), ((2, 2), 1.0)])
+def test_float32_over_many_lengths(impl, length, size, maps, density):
+    """Shared maps, and a map of their own for heads, samples and both."""
+    q, k, v = qkv(7, 2, 2, length, 77, 32, torch.float32)
+    blocks = random_map(length, *maps, -(-length // size), -(-77 // size), density=density)
+    plan = uniform_plan(blocks, length, 77, size)
+    kept = plan.mask().expand(2, 2, -1, -1)
+    logits = (q.double() @ k.double().mT * 32**-0.5).masked_fill(~kept, -torch.inf)
+    expected = logits.softmax(-1).nan_to_num() @ v.double(), logits.logsumexp(-1)  # a row without keys is 0
+    got = run(plan, q, k, v, impl=impl)
+    assert_equal(tuple(x.double() for x in got), expected, 1e-5)
+
+
+@every_kernel
+def test_a_thousand_keys_and_lengths_one_after_the_other(impl):
+    """Twelve lengths in one process: what is compiled or kept for one must not serve another."""
+    lengths = [40, 70, 100, 130] if INTERPRETING else [*range(90, 1001, 90), 1000]
+    for length in lengths:
+        q, k, v = qkv(15, 1, 2, length, length, 32, torch.float32)
+        plan = uniform_plan(random_map(length, 2, -(-length // 64), -(-length // 64), density=0.3), length, length, 64)
+        out, lse = run(plan, q, k, v, impl=impl)
+        expected = run(plan, q.double(), k.double(), v.double(), impl="reference")
+        assert_equal((out.double(), lse.double()), expected, 1e-5)
 
 
 @every_kernel
