@@ -32,6 +32,7 @@ def test_hilbert_walks_to_neighbours(height: int, width: int, diagonal_steps: in
     dy, dx = (walk // width).diff().abs(), (walk % width).diff().abs()
     assert int(torch.maximum(dy, dx).max()) == 1
     assert int((dy + dx > 1).sum()) == diagonal_steps
+    assert torch.equal(walk.sort().values, torch.arange(height * width))
 
 
 def test_morton_is_the_z_curve() -> None:

@@ -100,6 +100,8 @@ def test_refine_keeps_every_pair_and_refuses_other_sizes():
     assert fine.q_sizes == 8
     assert torch.equal(fine.mask(), coarse.mask())
     assert fine.pairs == coarse.pairs == int(coarse.mask().sum())
+    wide = Plan(q_len=500, kv_len=300, q_sizes=128, kv_sizes=128, blocks=BlockMap.from_dense(blocks), partial=True)
+    assert torch.equal(wide.refine(64).mask(), wide.mask())
     for size in (3, 32):
         with pytest.raises(PlanError, match="cannot be cut"):
             coarse.refine(size)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from falloff.geometry import Grid, Sequence, inverse
@@ -74,22 +74,26 @@ def test_reference_mode_has_the_published_blocks(frames: int, tokens: int, metho
 @pytest.mark.parametrize(
     ("tokens", "decay", "expected"),
     [
-        (1560, 1.0, [512, 256, 128]),
-        (3600, 1.0, [1024, 512, 256, 128]),
-        (3840, 0.95, [972, 486, 243, 128]),
-        (3600, 0.2, [204, 128, 128, 128]),
+        (1560, 1.0, [512, 256, 128, 128, 128]),
+        (3600, 1.0, [1024, 512, 256, 128, 128]),
+        (3840, 1.0, [1024, 512, 256, 128, 128]),
+        (3840, 0.95, [972, 486, 243, 128, 128]),
+        (3600, 0.2, [204, 128, 128, 128, 128]),
     ],
 )
 def test_widths_are_the_published_ones(tokens: int, decay: float, expected: list[int]) -> None:
     widths = reference(decay, 128).widths(sequence(33, tokens))
-    assert [widths[d] for d in (2, 4, 8, 16)][: len(expected)] == expected
+    assert [widths[d] for d in (2, 4, 8, 16, 32)] == expected
     assert widths[0] == widths[1] == tokens
+    assert reference(decay, 128, neighbour="half").widths(sequence(2, tokens)) == [tokens, tokens // 2]
 
 
 def test_published_frame_drop() -> None:
     widths = reference(1.0, 128).widths(sequence(37, 1560))
     kept = {d: widths[d] is not None for d in (16, 17, 18, 32, 34, 36)}
     assert kept == {16: True, 17: False, 18: True, 32: True, 34: False, 36: True}
+    widths = reference(1.0, 128).widths(sequence(70, 3600))
+    assert [d for d in range(30, 70) if widths[d] is not None] == [30, 31, *range(32, 64, 2), 64, 68]
     assert reference(1.0, 32).widths(sequence(40, 96)) == [96] + [None] * 39
 
 
@@ -105,7 +109,8 @@ def test_shrink_rule_has_a_closed_form_when_frames_are_aligned() -> None:
         cells = reference_cells(width, 0, 0, tokens=16 * 128, block=128)
         a = np.arange(16)
         assert (cells == (abs(a[:, None] - a) <= (width + 22) // 128)).all(), width
-    assert not reference_cells(20, 0, 0, tokens=16 * 128, block=128)[5, 5]
+    for width in range(21):
+        assert not reference_cells(width, 0, 0, tokens=16 * 128, block=128).diagonal().any(), width
 
 
 GRIDS = st.builds(Grid, st.integers(1, 9), st.integers(1, 9), st.integers(1, 13))
@@ -124,6 +129,7 @@ METHODS = st.builds(
 
 
 @settings(deadline=None, max_examples=150)
+@example(grid=Grid(9, 10, 20), method=Radial(decay=1.0, block=64), text=0, side="after")
 @given(grid=GRIDS, method=METHODS, text=st.integers(0, 20), side=st.sampled_from(["after", "before"]))
 def test_coverage_equals_brute_force(grid: Grid, method: Radial, text: int, side: str) -> None:
     tokens = Sequence(grid, text, side)
@@ -166,6 +172,8 @@ def test_smaller_tau_computes_more_and_decay_is_monotone() -> None:
         ]
         assert all(wide.sum() >= narrow.sum() for wide, narrow in itertools.pairwise(maps))
         assert maps[0].sum() > maps[-1].sum()
+        if drop == "published":  # which keeps the same frames whatever the decay
+            assert all((wide | narrow == wide).all() for wide, narrow in itertools.pairwise(maps))
 
 
 def test_frame_edges_see_their_whole_frame() -> None:
@@ -233,13 +241,34 @@ def model_energy(grid: Grid, queries: torch.Tensor, alpha: float, beta: float) -
 # Paper Eq. 4 without sink: allowed[i, k, j, l] iff |k - l| + 1 <= s / g, or d mod ceil(g / s) = 0 and k = l.
 @pytest.mark.parametrize(("frames", "tokens", "pairs"), [(12, 16, 21816), (20, 4, 2412), (7, 9, 2757), (40, 3, 2766)])
 def test_equation_four_counts(frames: int, tokens: int, pairs: int) -> None:
+    """Blocks of one token are Eq. 4 but for the outermost diagonals of every band, which it leaves out.
+
+    At 40 frames of 3 tokens bands are narrower than a token, and keep every 4th frame where Eq. 4 keeps every 3rd:
+    S2 is a power of two above s.
+    """
     i, k = np.divmod(np.arange(frames * tokens), tokens)
-    d = abs(i[:, None] - i)
+    d, apart = abs(i[:, None] - i), abs(k[:, None] - k)
     g = 2 ** np.floor(np.log2(np.maximum(d, 1))).astype(np.int64)
-    band = (g <= tokens) & (abs(k[:, None] - k) + 1 <= tokens / g)
-    allowed = band | ((d % -(-g // tokens) == 0) & (k[:, None] == k))
-    assert allowed.sum() == pairs <= 4 * tokens**2 * frames * int(math.log2(frames))
-    assert (allowed == allowed.T).all()
+    allowed = ((g <= tokens) & (apart + 1 <= tokens / g)) | ((d % -(-g // tokens) == 0) & (apart == 0))
+    bound = 4 * tokens**2 * frames * int(math.log2(frames))
+    assert allowed.sum() == pairs <= bound
+    method = Radial(decay=1.0, block=1, tau=0.0, neighbour="decayed", sink_frames=0)
+    coverage = method.coverage(sequence(frames, tokens))
+    assert (coverage == coverage.T).all()
+    assert coverage.sum() <= bound
+    widths = np.array([0 if width is None else width for width in method.widths(sequence(frames, tokens))])
+    inside = (coverage == 1) & ((d < 2) | (apart < widths[d]))
+    known = d < 8 if tokens == 3 else d >= 0
+    assert (inside == allowed)[known].all()
+
+
+@pytest.mark.parametrize(("frames", "bands"), [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (12, 7), (33, 11)])
+def test_bands_double_in_distance(frames: int, bands: int) -> None:
+    """2 ceil(log2 max(f, 2)) - 1 widths, each on both sides but the one in the middle."""
+    widths = Radial(decay=1.0, block=1, sink_frames=0).widths(sequence(frames, 2000))
+    assert None not in widths
+    assert 2 * len(set(widths)) - 1 == bands
+    assert bands == 2 * math.ceil(math.log2(max(frames, 2))) - 1
 
 
 def test_disc_has_about_the_budget_of_its_band() -> None:

@@ -165,6 +165,18 @@ def test_nothing_left_over_is_plain_attention(over: str) -> None:
     torch.testing.assert_close(run(made, plan, q, k, v), dense)
 
 
+@pytest.mark.parametrize("over", OVERS)
+def test_nothing_critical_is_linear_attention(over: str) -> None:
+    plan = plan_of(torch.zeros(1, 1, 3, 4, dtype=torch.int64), 10, 10, 4, 3)
+    q, k, v = (normal(i, 1, 2, 10, 3) for i in range(3))
+    weights = FEATURES["softmax"](q) @ FEATURES["softmax"](k).mT
+    out, _ = linear_attention(plan, q, k, v, features=FEATURES["softmax"], over=over)
+    torch.testing.assert_close(out, weights @ v / weights.sum(-1, keepdim=True), rtol=1e-4, atol=1e-4)
+    made = branch(over)
+    projected = torch.nn.functional.linear(out, made.proj.weight.double(), made.proj.bias.double())
+    torch.testing.assert_close(run(made, plan, q, k, v), projected)  # of no key, softmax attention is 0
+
+
 def test_dropped_keys_have_no_gradient() -> None:
     marks = torch.tensor([[1, 0, -1, 0]] * 3)
     plan = plan_of(marks, 10, 10, 4, 3)

@@ -184,6 +184,28 @@ def test_gradients_of_the_gated_branch() -> None:
     assert torch.autograd.gradcheck(call, [*inputs, *made.parameters()], atol=1e-7, fast_mode=True)
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
+def test_gradients_of_large_inputs_in_single_precision(scale: float) -> None:
+    sequence, method = Sequence(Grid(2, 6, 8)), VSA(gate=True, tile=(1, 2, 4))
+    inputs = [scale * normal(i, 1, 2, 96, 16) for i in range(3)]
+    hidden, d_out = scale * normal(4, 1, 96, 8), normal(5, 1, 2, 96, 16)
+    made_plan = plan(method, sequence, *inputs[:2])
+    assert isinstance(made_plan, Plan)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        made = method.branch(Layer(heads=2, head_dim=16, width=8, dtype=dtype))
+        with torch.no_grad():
+            made.gate.weight.copy_(normal(6, 32, 8))
+        q, k, v, states = (x.to(dtype).requires_grad_() for x in (*inputs, hidden))
+        out = kernels.attend(made_plan, q, k, v, impl="cpu")
+        work = Work(plan=made_plan, q_BHND=q, k_BHND=k, v_BHND=v, out_BHND=out, scale=0.25, hidden_BSC=states)
+        leaves = [q, k, v, states, *made.parameters()]
+        return [x.double() for x in torch.autograd.grad(made(work), leaves, d_out.to(dtype))]
+
+    for exact, single in zip(gradients(torch.float64), gradients(torch.float32), strict=True):
+        assert (single - exact).norm() <= 1e-4 * exact.norm()
+
+
 def test_hidden_states_of_other_tokens_are_refused() -> None:
     made = VSA(gate=True).branch(Layer(heads=2, head_dim=4, width=6))
     q = torch.zeros(1, 2, 8, 4)
