@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import falloff
+from falloff import Grid
 from falloff.hosts import op
 from falloff.hosts.diffusers import DetachedError
 
@@ -62,7 +64,9 @@ def test_every_layer_of_every_step_in_one_frame(mode: str) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("mode", "frames"), [("regional", [1, 1, 2, 2, 2]), ("whole", [1, 1, 2, 3, 3])])
+@pytest.mark.parametrize(
+    ("mode", "frames"), [("regional", [1, 1, 2, 2, 2]), ("whole", [1, 1, 2, 3, 3]), ("eager", [0] * 5)]
+)
 @pytest.mark.parametrize("enabled", [False, True])
 def test_sizes_reach_the_operator_without_more_frames(
     mode: str, frames: list[int], enabled: bool, monkeypatch: pytest.MonkeyPatch
@@ -70,15 +74,15 @@ def test_sizes_reach_the_operator_without_more_frames(
     model, counter = tiny.transformer(layers=1 if mode == "whole" else 2), CompileCounterWithBackend("eager")
     if enabled:
         falloff.enable(model, tiny.Frames())
-    target = compiled(model, mode, counter)
+    target = model if mode == "eager" else compiled(model, mode, counter)
     fits: list[bool] = []
-    inner = op._attend
+    inner = op._called
 
-    def checked(query: Tensor, *args: Any) -> Any:
-        fits.append(int(args[4][:3].prod()) == query.shape[1])
-        return inner(query, *args)
+    def checked(query: Tensor, key: Tensor, value: Tensor, mask: Any, slot: Any, grid: Grid, *args: Any) -> Any:
+        fits.append(grid.tokens == query.shape[1])
+        return inner(query, key, value, mask, slot, grid, *args)
 
-    monkeypatch.setattr(op, "_attend", checked)
+    monkeypatch.setattr(op, "_called", checked)
     seen = []
     for grid in [(3, 8, 8), (3, 8, 8), (5, 8, 8), (3, 6, 10), (3, 8, 8)]:
         forward(target, grid=grid)
@@ -86,6 +90,18 @@ def test_sizes_reach_the_operator_without_more_frames(
     assert seen == frames
     assert len(fits) == (5 * len(model.blocks) if enabled else 0)
     assert all(fits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_forward_of_a_thread_may_be_compiled(mode: str) -> None:
+    model, seen = tiny.transformer(layers=2), []
+    falloff.enable(model, tiny.Frames())
+    target = compiled(model, mode, "eager")
+    thread = threading.Thread(target=lambda: seen.append(forward(target)))
+    thread.start()
+    thread.join()
+    (first,) = seen
+    assert torch.equal(first, forward(model))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -124,9 +124,9 @@ def test_compiled_layers_equal_eager_in_one_frame(name: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     for block in blocks(model):
         block.compile(backend=counter, fullgraph=True)
-    torch.testing.assert_close(run(model, arguments), eager, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(run(model, arguments), eager, atol=1e-6, rtol=1e-6)
     falloff.enable(model, sparse(family, seen=99), replace=True)
-    torch.testing.assert_close(run(model, arguments), plain, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(run(model, arguments), plain, atol=1e-6, rtol=1e-6)
     assert counter.frame_count == FRAMES.get(name, len({type(block) for block in blocks(model)}))
     torch._dynamo.reset()
 

@@ -65,7 +65,7 @@ class Compiled(NamedTuple):
 ROWS = [
     *(Row(arch, *key, "bf16", tile) for arch, rows in HALF.items() for key, tiles in rows.items() for tile in tiles),
     *(Row(arch, phase, HEAD_DIMS[-1], "fp32", FULL) for arch in HALF for phase in KERNELS),
-    *(Row(90, phase, 128, "bf16", HALF[90][phase, 128][0], plain=False) for phase in KERNELS),
+    *(Row(arch, phase, 128, "bf16", HALF[arch][phase, 128][0], plain=False) for arch in HALF for phase in KERNELS),
     *(
         Row(arch, "forward", head_dim, "bf16", tile, skips=True)
         for arch, q_size, kv_size, head_dim in (

@@ -51,11 +51,13 @@ KEY = _backend_key()
 class _Here(threading.local):
     """The layer whose forward runs in this thread (``slot``, ``None`` between layers).
 
-    ``hidden``: the layer's input, where a method reads it.
+    ``hidden``: the layer's input, where a method reads it. Both are there from a thread's start: a compiler that
+    traced their absence would find them in the frame it has just made.
     """
 
-    slot: op.Slot | None = None
-    hidden: Tensor | None = None
+    def __init__(self) -> None:
+        self.slot: op.Slot | None = None
+        self.hidden: Tensor | None = None
 
 
 _here = _Here()
