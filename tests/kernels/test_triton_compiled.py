@@ -136,7 +136,8 @@ def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row, Future[Compiled]]) -
     kernel = compiled[row].result()
     assert kernel.shared <= SHARED[row.arch]
     assert kernel.registers * 32 * row.tile.warps <= REGISTERS
-    assert kernel.stack <= (64 if row.dtype == "bf16" else 256), "registers spill"
+    few = 64 if row.plain else 128  # bytes: an order of tokens and which keys are valid need addresses of their own
+    assert kernel.stack <= (few if row.dtype == "bf16" else 256), "registers spill"
     if row.arch == 90 and row.dtype == "bf16" and row.tile.own >= 64:
         assert "wgmma" in kernel.texts["ptx"]
     assert_offsets_are_64_bit(kernel)
