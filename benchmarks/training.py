@@ -35,11 +35,12 @@ from torch import Tensor
 
 import falloff
 from falloff import miniature
-from falloff.evaluation import metrics
+from falloff.evaluation import metrics, video
 from falloff.evaluation.bench import record
 from falloff.methods import METHODS
 from falloff.methods.branch import Layer, Work
 from falloff.methods.sla import FEATURES, Projected
+from falloff.miniature.checkpoint import GENERATION
 from falloff.miniature.clips import write_clips
 from falloff.miniature.digits import held_out_prompts
 from falloff.miniature.judge import train_classifier
@@ -148,7 +149,11 @@ def at_work(pipe: WanPipeline, way: Way, work: Path) -> Iterator[None]:
 
 
 def judged(ways: Mapping[str, Way], work: Path, frames: int, prompts: int, precision: str) -> dict[str, dict[str, Any]]:
-    """Of every way the judge's score, seconds a video and closeness to the first way's video of the same seed."""
+    """Of every way the judge's score, seconds a video and closeness to the first way's video of the same seed.
+
+    The videos are left in WORK.
+    """
+    (work / "videos").mkdir(exist_ok=True)
     classifier, pipe = train_classifier(work / "judge.safetensors"), load(precision)
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for seed, prompt in enumerate(held_out_prompts(prompts)):
@@ -158,9 +163,10 @@ def judged(ways: Mapping[str, Way], work: Path, frames: int, prompts: int, preci
                 began = time.perf_counter()
                 generator = torch.Generator().manual_seed(seed)
                 call = CALL | {"num_frames": frames}
-                video = pipe(prompt=prompt, generator=generator, output_type="np", **call).frames[0]
+                made = pipe(prompt=prompt, generator=generator, output_type="np", **call).frames[0]
                 seconds = time.perf_counter() - began
-            clip = np.asarray(video, dtype=np.float32)
+            clip = np.asarray(made, dtype=np.float32)
+            video.write(work / "videos" / f"{seed}-{name}.mp4", clip, GENERATION["fps"])
             reference = clip if reference is None else reference
             psnr = metrics.psnr(torch.from_numpy(clip), torch.from_numpy(reference))
             records[name].append(
