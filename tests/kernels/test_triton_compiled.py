@@ -136,7 +136,8 @@ def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row, Future[Compiled]]) -
     kernel = compiled[row].result()
     assert kernel.shared <= SHARED[row.arch]
     assert kernel.registers * 32 * row.tile.warps <= REGISTERS
-    few = 64 if row.plain else 128  # bytes: an order of tokens and which keys are valid need addresses of their own
+    # bytes: with orders and valid keys, whose addresses are loaded, one tile leaves its chip a few registers short
+    few = 128 if (row.arch, row.phase, row.plain) == (120, "forward", False) else 64
     assert kernel.stack <= (few if row.dtype == "bf16" else 256), "registers spill"
     if row.arch == 90 and row.dtype == "bf16" and row.tile.own >= 64:
         assert "wgmma" in kernel.texts["ptx"]
