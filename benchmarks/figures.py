@@ -300,7 +300,7 @@ def training_figures(experiment: str) -> str:
         losses = list(course["validation"].values())
         step = row.get("timed", {}).get(name, course["seconds_a_step"])
         rows.append([name, f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{step:.1f} s"])
-    if "timed" in row:
+    if "PyTorch" in row.get("timed", {}):
         rows.append(["dense, PyTorch's own attention", "", "", f"{row['timed']['PyTorch']:.1f} s"])
     parts = [table([f"{row['steps']} steps, {row['frames']} frames", "loss before", "after", "a step"], rows)]
     if "prompts" in row:

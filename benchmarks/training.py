@@ -11,7 +11,7 @@ tuned under autocast, and draw with a transformer in bfloat16.
 
 Every way has the same number of steps, all of which tune its LoRA together with its branches where it has some. With
 ``--dense-kernel`` the dense way of ``length`` is tuned on that kernel with every block on, which may be faster than
-PyTorch's own attention. When all is tuned, steps of all ways, and of PyTorch's own attention, are timed in turns.
+PyTorch's own attention. When all is tuned, steps of all ways, and then of PyTorch's own too, are timed in turns.
 """
 
 from __future__ import annotations
@@ -207,11 +207,12 @@ def length(
         )
 
     in_turns(list(arms), steps, lambda name, course: tune(name, arms[name], common, course), rate)
+    timed = arms if dense_kernel is None else arms | {"PyTorch": DENSE}
     for done in range(1, 1 + TIMED):
-        for name, way in (arms | {"PyTorch": DENSE}).items():
+        for name, way in timed.items():
             tune(f"{name}, timed", way, replace(common, validation=0), course_at(rate, done))
     row: dict[str, Any] = {"arms": {name: course_of(work / name) for name in arms}, "dense_kernel": dense_kernel}
-    row["timed"] = {name: course_of(work / f"{name}, timed")["seconds_a_step"] for name in [*arms, "PyTorch"]}
+    row["timed"] = {name: course_of(work / f"{name}, timed")["seconds_a_step"] for name in timed}
     if prompts:
         drawn = {"dense": DENSE, "radial": RADIAL}
         ways = {f"{name}, untuned": way for name, way in drawn.items()}

@@ -103,7 +103,7 @@ def test_two_maps_without_common_blocks_merge_to_what_both_see(impl, case):
     *parts, union = halves(case)
     branches = [run(plan, case.q, case.k, case.v, key_valid=case.key_valid, impl=impl) for plan in parts]
     expected = run(union, case.q, case.k, case.v, key_valid=case.key_valid, impl=impl)
-    assert_equal(merge(*branches), expected, min(TOLERANCE, 2e-6))
+    assert_equal(merge(*branches), expected, min(TOLERANCE, 1e-6))
 
 
 @every_kernel
@@ -254,8 +254,7 @@ def test_float32_over_many_lengths(impl, length, size, maps, density):
 @every_kernel
 def test_a_thousand_keys_and_lengths_one_after_the_other(impl):
     """Twelve lengths in one process: what is compiled or kept for one must not serve another."""
-    lengths = [40, 70, 100, 130] if INTERPRETING else [*range(90, 1001, 90), 1000]
-    for length in lengths:
+    for length in (*range(90, 1001, 90), 1000):
         q, k, v = qkv(15, 1, 2, length, length, 32, torch.float32)
         plan = uniform_plan(random_map(length, 2, -(-length // 64), -(-length // 64), density=0.3), length, length, 64)
         out, lse = run(plan, q, k, v, impl=impl)
