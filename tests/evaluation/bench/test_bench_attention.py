@@ -9,6 +9,7 @@ from falloff.evaluation.bench.attention import Row, Work, measure
 from falloff.evaluation.bench.shapes import shape_of
 from falloff.evaluation.bench.tables import attention_table, notes, title
 from falloff.evaluation.bench.timing import BenchmarkError, Times
+from falloff.evaluation.figures import seconds, times
 from falloff.kernels import run
 
 CPU = torch.device("cpu")
@@ -78,7 +79,17 @@ def test_kernels_that_cannot_run_are_rows_with_a_reason(set_times: None) -> None
     assert "cpu-tile" not in row.arms
     assert row.refused["cpu-tile"].startswith(("it computes in bfloat16", "the CPU has neither"))
     assert "cpu-tile was not run: " in "\n".join(notes(row))
-    assert attention_table(row).row_count == len(row.arms) + 1
+    assert attention_table(row).row_count == len(row.arms) + 2  # and the ideal
+
+
+def test_the_ideal_is_the_fastest_dense_attention_for_its_share_of_pairs(set_times: None) -> None:
+    row = measure(tiny(), device=CPU, kernel_names=("cpu",))
+    shown = attention_table(row)
+    names, time, _, speedup, efficiency = (list(column.cells) for column in shown.columns[:5])
+    at = names.index("ideal")
+    assert row.best_dense == "dense cpu" and row.density < 1
+    assert time[at] == seconds(0.4 * row.density)
+    assert (speedup[at], efficiency[at]) == (times(1 / row.density), "1.00")
 
 
 def test_the_reference_is_left_out_unless_named(set_times: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 
 def attention_table(row: Row) -> Table:
-    """One line an arm; those that cannot run have no figures."""
+    """One line an arm, then what all would be at an efficiency of 1; those that cannot run have no figures."""
     shown = _table(["time", "TFLOP/s", "speed-up", "efficiency", "new plan", "memory", "error"])
     for name, arm in row.arms.items():
         shown.add_row(name, *_cells(arm))
+    if row.density:
+        shown.add_row("ideal", *_ideal(row))
     for name in row.refused:
         shown.add_row(name, "not run", *[NONE] * 6)
     return shown
@@ -62,6 +64,12 @@ def _cells(arm: ArmResult) -> list[str]:
         memory(arm.extra_bytes),
         f"{arm.relative_error:.1e}",
     ]
+
+
+def _ideal(row: Row) -> list[str]:
+    """The fastest dense attention, were its time that of its pairs alone."""
+    dense = row.arms[row.best_dense]
+    return [seconds(dense.ms * row.density / 1e3), f"{dense.tflops:.3g}", times(1 / row.density), "1.00", *[NONE] * 3]
 
 
 def memory(count: int | None) -> str:
