@@ -82,31 +82,28 @@ Tiles strip_of(const Numbers<Part> &x, int64_t panel) {
   return {x + panel * P * TILE, PANELS * P * TILE, TILE, P * TILE};
 }
 
-// Scores of a strip to weights, by the largest score of each row so far; sums so far are shrunk where that grows.
-template <int P>
-void weigh(const Call &c, Scratch &x, const float *scores, Part *weights, int64_t r, int64_t rows, int64_t panels) {
+// Scores of a strip's rows by N panels of columns to weights, by the largest score of each row so far.
+template <int P, int N>
+void weigh(const Call &c, Scratch &x, const float *scores, Part *weights, int64_t r, int64_t rows) {
   const int64_t width = wide(c);
   // Its sign is in the queries. Above 0, so that a score of -inf, where there is no column, stays one.
   const float factor = std::max(std::fabs(c.scale) * LOG2_E, std::numeric_limits<float>::min());
   for (int64_t i = 0; i < rows; i++) {
-    const float *s = scores + i * COLUMNS;
-    float &top = x.top[r + i], *sum = x.sum[0] + (r + i) * width;
-    __m512 most = _mm512_load_ps(s);
-    for (int64_t n = 1; n < 2 * panels; n++) most = _mm512_max_ps(most, _mm512_load_ps(s + n * W));
-    const float now = _mm512_reduce_max_ps(most) * factor;
-    if (now > top) {
-      const float shrink = std::exp2(top - now);
-      for (int64_t d = 0; d < width; d += W) store(sum + d, load(sum + d) * shrink);
-      x.total[r + i] *= shrink;
-      top = now;
-    }
-    Vec added = x.total[r + i];
-    for (int64_t n = 0; n < panels; n++) {
-      const Vec low = power<P>(load(s + n * PANEL) * factor - top), high = power<P>(load(s + n * PANEL + W) * factor - top);
+    Vec s[2 * N];
+    UNROLL for (int n = 0; n < 2 * N; n++) s[n] = load(scores + i * COLUMNS + n * W);
+    Vec most = s[0];
+    UNROLL for (int n = 1; n < 2 * N; n++) most = larger(most, s[n]);
+    most *= factor;
+    float &top = x.top[r + i];
+    Vec &total = x.total[r + i];
+    if (any_above(most, top)) raise(most, top, total, x.sum[0] + (r + i) * width, width);
+    Vec added = total;
+    UNROLL for (int n = 0; n < N; n++) {
+      const Vec low = power<P>(s[2 * n] * factor - top), high = power<P>(s[2 * n + 1] * factor - top);
       put_left<P>((__m512)low, (__m512)high, weights + line<P>(i, n), TILE);
       added += low + high;
     }
-    x.total[r + i] = added;
+    total = added;
   }
 }
 
@@ -139,6 +136,14 @@ void add_tile(const Call &c, const Packed &keys, const Columns &columns, Scratch
                   groups(c), true);
     at += over(count, PANEL);
   }
+}
+
+// `body(count)` with a count from 1 to N that the compiler knows.
+template <int N, class Body>
+void counted(int64_t count, Body body) {
+  if constexpr (N > 1)
+    if (count < N) return counted<N - 1>(count, body);
+  body(std::integral_constant<int, N>{});
 }
 
 // The tiles of columns that a block of rows sees.
@@ -180,7 +185,9 @@ void attend(const Call &c, const Packed &keys, Scratch &x, int64_t unit, int64_t
       strip(step, [&](auto m, const Columns &columns, int64_t r) {
         constexpr int M = decltype(m)::value;
         const Numbers<Part> &weights = x.weights[step % 2];
-        weigh<P>(c, x, x.scores[step % 2], weights + 0, r, M * SIDE, columns.panels);
+        counted<PANELS>(columns.panels, [&](auto n) {
+          weigh<P, decltype(n)::value>(c, x, x.scores[step % 2], weights + 0, r, M * SIDE);
+        });
         add_tile<P, M>(c, keys, columns, x, r, weights);
       });
   }

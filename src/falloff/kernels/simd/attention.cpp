@@ -33,20 +33,14 @@ void gather(const Call &c, const Tensor &from, int64_t batch, int64_t head, cons
   }
 }
 
-// Scores of a strip to weights, by the largest score of each row so far; sums so far are shrunk where that grows.
+// Scores of a strip to weights, by the largest score of each row so far.
 template <int R>
 void weigh(float *scores, int64_t vectors, float *top, Vec *total, float *sum, int64_t width) {
   for (int r = 0; r < R; r++) {
     float *s = scores + r * COLUMNS;
     Vec most = load(s);
-    for (int64_t n = 1; n < vectors; n++) most = load(s + n * W) > most ? load(s + n * W) : most;
-    const float now = largest(most);
-    if (now > top[r]) {
-      const float shrink = std::exp2(top[r] - now);
-      for (int64_t d = 0; d < width; d += W) store(sum + r * width + d, load(sum + r * width + d) * shrink);
-      total[r] *= shrink;
-      top[r] = now;
-    }
+    for (int64_t n = 1; n < vectors; n++) most = larger(load(s + n * W), most);
+    if (any_above(most, top[r])) raise(most, top[r], total[r], sum + r * width, width);
     Vec added = total[r];
     for (int64_t n = 0; n < vectors; n++) {
       const Vec p = exp2(load(s + n * W) - top[r]);
@@ -57,15 +51,45 @@ void weigh(float *scores, int64_t vectors, float *top, Vec *total, float *sum, i
   }
 }
 
+// Weights of a few rows by a full tile of columns; their scores stay in registers.
+template <int R>
+void weigh_full(const float *left, int64_t channels, const float *const (&panel)[COLUMNS / W], float *weights,
+                float *top, Vec *total, float *sum, int64_t width) {
+  constexpr int N = COLUMNS / W;
+  Vec s[R][N];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < N; n++) s[r][n] = Vec{};
+  add_products({left, channels, 1}, panel, W, channels, s);
+  UNROLL for (int r = 0; r < R; r++) {
+    Vec most = s[r][0];
+    UNROLL for (int n = 1; n < N; n++) most = larger(most, s[r][n]);
+    if (any_above(most, top[r])) raise(most, top[r], total[r], sum + r * width, width);
+  }
+  UNROLL for (int r = 0; r < R; r++) {
+    Vec added = total[r];
+    UNROLL for (int n = 0; n < N; n++) {
+      const Vec p = exp2(s[r][n] - top[r]);
+      store(weights + r * COLUMNS + n * W, p);
+      added += p;
+    }
+    total[r] = added;
+  }
+}
+
+// What a strip's columns add to its sums, from their weights.
+template <int R>
+void add(const Buffer &rows, int64_t width, const Columns &columns, const float *weights, float *sum) {
+  for (int64_t i = 0, at = 0; i < columns.runs; at += up(columns.run[i].count, W), i++) {
+    const auto [slot, count] = columns.run[i];
+    product<R, true>({weights + at, COLUMNS, 1}, {rows + slot * width, width, W}, count, sum, width, width / W);
+  }
+}
+
 // What a strip's columns add to its sums, from their scores.
 template <int R>
 void take(Scratch &x, int64_t r, const Buffer &rows, int64_t width, const Columns &columns, float *scores) {
   float *sum = x.sum[0] + r * width;
   weigh<R>(scores, columns.vectors, x.top + r, &x.total[r], sum, width);
-  for (int64_t i = 0, at = 0; i < columns.runs; at += up(columns.run[i].count, W), i++) {
-    const auto [slot, count] = columns.run[i];
-    product<R, true>({scores + at, COLUMNS, 1}, {rows + slot * width, width, W}, count, sum, width, width / W);
-  }
+  add<R>(rows, width, columns, scores, sum);
 }
 
 // Whether no weight of a block would exceed 2^-skip of the largest so far; `scores` of its tiles, one after the other.
@@ -136,10 +160,21 @@ void attend(const Call &c, const Packed &keys, const Means &means, Scratch &x, i
   x.total.assign(up(count, PART), Vec{});
   Columns columns;
   const auto flush = [&] {
+    const float *panel[COLUMNS / W];
+    columns.find(keys.panels[0], D, panel);
+    const bool full = columns.vectors == COLUMNS / W && columns.full();
     strips(count, [&](auto size, int64_t r) {
-      constexpr int R = decltype(size)::value;
-      score<R>(x.left[0] + r * D, D, keys.panels[0], columns, x.scores[0]);
-      take<R>(x, r, keys.rows[0], width, columns, x.scores[0]);
+      constexpr int R = decltype(size)::value, FEW = R > PART ? R / 2 : R;
+      float *scores = x.scores[0];
+      if constexpr (FEW * COLUMNS / W <= 2 * STRIP)  // as many sums as other products have in registers
+        if (full) {
+          for (int i = 0; i < R; i += FEW)
+            weigh_full<FEW>(x.left[0] + (r + i) * D, D, panel, scores + i * COLUMNS, x.top + r + i, &x.total[r + i],
+                            x.sum[0] + (r + i) * width, width);
+          return add<R>(keys.rows[0], width, columns, scores, x.sum[0] + r * width);
+        }
+      score<R>(x.left[0] + r * D, D, keys.panels[0], columns, scores);
+      take<R>(x, r, keys.rows[0], width, columns, scores);
     });
     columns = {};
   };

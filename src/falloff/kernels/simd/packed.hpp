@@ -87,6 +87,16 @@ struct Columns {
     else run[runs++] = {slot, count};
     vectors += over(count, W);
   }
+  // Whether every number of its vectors is a column's.
+  bool full() const {
+    return std::all_of(run, run + runs, [](const Run &r) { return r.count % W == 0; });
+  }
+  // Where its vectors lie.
+  void find(const Buffer &panels, int64_t channels, const float *(&panel)[COLUMNS / W]) const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < runs; i++)
+      for (int64_t from = 0; from < run[i].count; from += W) panel[n++] = panels + (run[i].slot + from) * channels;
+  }
 };
 
 void zeros(Buffer &x, int64_t count) { std::fill_n(x.need(count), count, 0.f); }
@@ -101,12 +111,10 @@ void parts(int64_t count, Body body) {
 template <int R>
 void score(const float *left, int64_t channels, const Buffer &panels, const Columns &columns, float *scores) {
   const float *panel[COLUMNS / W];
-  int64_t n = 0;
-  for (int64_t i = 0; i < columns.runs; i++)
-    for (int64_t from = 0; from < columns.run[i].count; from += W)
-      panel[n++] = panels + (columns.run[i].slot + from) * channels;
+  columns.find(panels, channels, panel);
   const Left a{left, channels, 1};
-  for (n = 0; n + 2 <= columns.vectors; n += 2)
+  int64_t n = 0;
+  for (; n + 2 <= columns.vectors; n += 2)
     multiply<R, 2, false>(a, {panel[n], W, panel[n + 1] - panel[n]}, channels, scores + n * W, COLUMNS);
   if (n < columns.vectors) multiply<R, 1, false>(a, {panel[n], W, 0}, channels, scores + n * W, COLUMNS);
   int64_t at = 0;

@@ -8,6 +8,10 @@
 #include <limits>
 #include <type_traits>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // W floats in a vector. A strip is as many rows as have their sums in registers, two vectors each.
@@ -36,18 +40,13 @@ inline Vec all(float x) { return x - Vec{}; }
 inline int64_t over(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
 inline int64_t up(int64_t x, int64_t unit) { return over(x, unit) * unit; }
 
-inline Vec exp2(Vec x) {
-  // 2^(n + f): the low bits of x + 1.5 * 2^23 are n; below 2^-127 it is 0, NaN stays NaN.
-  const Vec magic = all(12582912.f);
-  x = x < -127.f ? all(-127.f) : x;
-  const Vec whole = x + magic, f = x - (whole - magic);
-  Vec p = f * 1.5403530e-4f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  return (Vec)((Ints)p + ((Ints)whole << 23));
+// Of each two numbers the larger; NaN where `b` is NaN.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
 }
 
 inline float largest(Vec x) {
@@ -56,6 +55,28 @@ inline float largest(Vec x) {
   UNROLL for (int half = W / 2; half; half /= 2)
     UNROLL for (int i = 0; i < half; i++) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
   return lane[0];
+}
+
+inline bool any_above(Vec a, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)all(bound), _CMP_GT_OQ);
+#else
+  return largest(a) > bound;
+#endif
+}
+
+inline Vec exp2(Vec x) {
+  // 2^(n + f): the low bits of x + 1.5 * 2^23 are n; below 2^-127 it is 0, NaN stays NaN.
+  const Vec magic = all(12582912.f);
+  x = larger(all(-127.f), x);
+  const Vec whole = x + magic, f = x - (whole - magic);
+  Vec p = f * 1.5403530e-4f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  return (Vec)((Ints)p + ((Ints)whole << 23));
 }
 
 // An operand that is read number by number, and one read by vectors: row d of vector n lies at d * row + n * next.
@@ -68,20 +89,28 @@ struct Right {
   int64_t row, next;
 };
 
+// sum [R, N vectors] += a [R, depth] b, whose vectors lie at `right`, their rows `row` apart.
+template <int R, int N>
+inline void add_products(Left a, const float *const (&right)[N], int64_t row, int64_t depth, Vec (&sum)[R][N]) {
+  for (int64_t d = 0; d < depth; d++) {
+    Vec b[N];
+    UNROLL for (int n = 0; n < N; n++) b[n] = load(right[n] + d * row);
+    UNROLL for (int r = 0; r < R; r++) {
+      const Vec left = all(a.data[r * a.row + d * a.step]);
+      UNROLL for (int n = 0; n < N; n++) sum[r][n] += left * b[n];
+    }
+  }
+}
+
 // c [R, N vectors] = or += a [R, depth] b.
 template <int R, int N, bool ADD>
 inline void multiply(Left a, Right b, int64_t depth, float *c, int64_t c_row) {
   Vec sum[R][N];
+  const float *right[N];
+  UNROLL for (int n = 0; n < N; n++) right[n] = b.data + n * b.next;
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int n = 0; n < N; n++) sum[r][n] = ADD ? load(c + r * c_row + n * W) : Vec{};
-  for (int64_t d = 0; d < depth; d++) {
-    Vec right[N];
-    UNROLL for (int n = 0; n < N; n++) right[n] = load(b.data + d * b.row + n * b.next);
-    UNROLL for (int r = 0; r < R; r++) {
-      const Vec left = all(a.data[r * a.row + d * a.step]);
-      UNROLL for (int n = 0; n < N; n++) sum[r][n] += left * right[n];
-    }
-  }
+  add_products(a, right, b.row, depth, sum);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int n = 0; n < N; n++) store(c + r * c_row + n * W, sum[r][n]);
 }
 

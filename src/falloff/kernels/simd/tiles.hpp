@@ -147,7 +147,7 @@ template <int P>
 inline Vec power(Vec x) {
   if constexpr (P > 1) return exp2(x);
   const Vec magic = all(12582912.f);  // as in exp2
-  x = (Vec)_mm512_max_ps((__m512)all(-127.f), (__m512)x);  // NaN stays NaN
+  x = larger(all(-127.f), x);
   const Vec whole = x + magic, f = x - (whole - magic);
   Vec p = f * 9.5828529e-3f + 5.5906426e-2f;
   p = p * f + 2.4024099e-1f;

@@ -48,6 +48,15 @@ void scatter(const Call &c, const Tensor &to, int64_t unit, const std::vector<in
   }
 }
 
+// A row's largest score grows to that of `most`: what is summed up by the old one is shrunk. Seldom, so kept apart.
+__attribute__((noinline)) void raise(Vec most, float &top, Vec &total, float *sum, int64_t width) {
+  const float now = largest(most);
+  const float shrink = std::exp2(top - now);
+  for (int64_t d = 0; d < width; d += W) store(sum + d, load(sum + d) * shrink);
+  total *= shrink;
+  top = now;
+}
+
 // Output and LSE of a tile's rows from sums of values, largest scores and sums of weights, in base 2.
 void finish(const Call &c, int64_t unit, const std::vector<int64_t> &token, int64_t count, float *sum, int64_t width,
             const float *top, const std::vector<Vec> &totals) {
