@@ -39,7 +39,7 @@ from falloff.evaluation import metrics, video
 from falloff.evaluation.bench import record
 from falloff.methods import METHODS
 from falloff.methods.branch import Layer, Work
-from falloff.methods.sla import FEATURES, Projected
+from falloff.methods.sla import Projected
 from falloff.miniature.checkpoint import GENERATION
 from falloff.miniature.clips import write_clips
 from falloff.miniature.digits import held_out_prompts
@@ -53,8 +53,6 @@ AVERAGED = 0.95
 """Decay of the average of the weights that is validated and kept: single clips pull far at rates worth having."""
 TIMED = 5
 """Rounds in which every way takes a step for its time alone."""
-CLIPS = 48
-"""To tune on and to validate with."""
 CALL = call_arguments(miniature.path())
 
 
@@ -80,7 +78,7 @@ class LinearAlone(falloff.SLA):
     name: ClassVar[str] = "linear alone"
 
     def branch(self, layer: Layer) -> Projected:
-        projected = OnlyLinear(layer.head_dim, linear_over="all", features=FEATURES[self.features])
+        projected = OnlyLinear(layer.head_dim, linear_over="all", features=self.features)
         torch.nn.init.eye_(projected.proj.weight)
         return projected
 
@@ -223,7 +221,7 @@ def length(
 
 def sparse(work: Path, steps: int, frames: int, prompts: int, rate: float, rank: int, precision: Any) -> dict[str, Any]:
     methods, size = sparse_ways(), Size(frames=frames, height=CALL["height"], width=CALL["width"])
-    common = Sparse(size=size, rank=rank, validation=2, samples=0, precision=precision)
+    common = Sparse(size=size, rank=rank, validation=8, samples=0, precision=precision)
 
     def tune(name: str, course: Course) -> None:
         train_sparse(
@@ -247,8 +245,8 @@ def sparse(work: Path, steps: int, frames: int, prompts: int, rate: float, rank:
     return row
 
 
-EXPERIMENTS = {"length": (length, 257, 30), "sparse": (sparse, 65, 60)}
-"""With their frames and steps."""
+EXPERIMENTS = {"length": (length, 257, 30, 48), "sparse": (sparse, 65, 60, 272)}
+"""With their frames, their steps, and the clips to tune on and to validate with."""
 
 
 def main() -> None:
@@ -264,10 +262,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=0, help="held-out prompts to judge, none unless given")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     given = parser.parse_args()
-    measure, frames, steps = EXPERIMENTS[given.experiment]
+    measure, frames, steps, clips = EXPERIMENTS[given.experiment]
     frames, steps = given.frames or frames, given.steps or steps
     if not (given.work / "clips").exists():
-        write_clips(given.work / "clips", CLIPS, frames, seed=1)
+        write_clips(given.work / "clips", clips, frames, seed=1)
     settings = {"frames": frames, "steps": steps, "rate": given.rate, "rank": given.rank, "precision": given.precision}
     row = {"experiment": given.experiment, **settings}
     own = {"dense_kernel": given.dense_kernel} if given.experiment == "length" else {}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
 from falloff.kernels import UnsupportedError, available, choose, run
+from falloff.kernels.linear import Features, Over, linear_attention
 from falloff.plan import BlockMap, Plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -88,3 +91,34 @@ def test_our_kernel_gives_the_same_bits_every_time() -> None:
     inputs = [torch.randn(1, 4, TOKENS, 128, generator=generator, device="cuda").bfloat16() for _ in range(3)]
     first, second = (results(plan, inputs, "triton", None) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def linear_results(plan: Plan, inputs: list[Tensor], impl: str, valid: Tensor, **settings: str) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out, denominators = linear_attention(plan, *leaves, impl=impl, key_valid=valid, **settings)
+    weight = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
+    loss = (out.float() * weight).sum() + denominators.sum()
+    return [out, denominators, *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 128, 256])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-2), (torch.float32, 1e-4)], ids=str
+)
+@pytest.mark.parametrize("over", get_args(Over))
+@pytest.mark.parametrize("features", get_args(Features))
+@pytest.mark.parametrize("plan_name", PLANS)
+def test_linear_attention_agrees_with_pytorchs_operators(
+    plan_name: str, features: str, over: str, dtype: torch.dtype, tolerance: float, head_dim: int
+) -> None:
+    plan = PLANS[plan_name]().to("cuda")
+    generator = torch.Generator("cuda").manual_seed(4)
+    shape, settings = (2, TOKENS, 4, head_dim), {"features": features, "over": over}
+    inputs = [torch.randn(shape, generator=generator, device="cuda").to(dtype).transpose(1, 2) for _ in range(3)]
+    valid = torch.rand(2, TOKENS, generator=generator, device="cuda") < 0.7
+    exact = linear_results(plan, [x.double() for x in inputs], "torch", valid, **settings)
+    for impl in ("auto", "triton"):
+        found = linear_results(plan, inputs, impl, valid, **settings)
+        assert found[0].dtype == dtype
+        for got, expected in zip(found, exact, strict=True):
+            assert (got.double() - expected).norm() <= tolerance * expected.norm()

@@ -20,10 +20,10 @@ from falloff.plan import BlockMap, Plan, dense_plan
 HERE = Path(__file__).parent
 
 
-def interpreted(file: str) -> None:
-    """Run a test file in a process of its own: interpreted and compiled kernels cannot live in one."""
+def interpreted(*files: str) -> None:
+    """Run test files in a process of its own: interpreted and compiled kernels cannot live in one."""
     pytest.importorskip("triton", minversion="3.9", reason="the interpreter of 3.6 fails on NumPy 2.4")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / file) for file in files)]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parents[1], capture_output=True, text=True
     )
@@ -39,7 +39,7 @@ def test_blocks_are_left_out_under_the_interpreter():
 
 
 def test_its_own_paths_hold_under_the_interpreter():
-    interpreted("interpreted_triton.py")
+    interpreted("interpreted_triton.py", "interpreted_linear.py")
 
 
 def tokens_listed(listed: triton_lists.Lists, row: int, length: int) -> list[int]:

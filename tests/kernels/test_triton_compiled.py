@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402  -- only where triton is
-from triton.compiler import ASTSource  # noqa: E402 - as above
+from triton_compiling import (  # noqa: E402 - only where triton is
+    REGISTERS,
+    SHARED,
+    Compiled,
+    assert_offsets_are_64_bit,
+    compile_kernel,
+)
 
 from falloff.kernels.skip import PROTECTED  # noqa: E402 - as above
-from falloff.kernels.triton import width  # noqa: E402 - as above
 from falloff.kernels.triton_backward import delta_kernel, dkv_kernel, dq_kernel  # noqa: E402 - as above
 from falloff.kernels.triton_forward import forward_kernel  # noqa: E402 - as above
+from falloff.kernels.triton_linear import FULL as LINEAR_FULL  # noqa: E402 - as above
+from falloff.kernels.triton_linear import HALF as LINEAR_HALF  # noqa: E402 - as above
+from falloff.kernels.triton_linear import Tile as LinearTile  # noqa: E402 - as above
+from falloff.kernels.triton_states import gather_kernel, gradient_kernel, spread_kernel  # noqa: E402 - as above
 from falloff.kernels.triton_tiles import FULL, HALF, HEAD_DIMS, Tile, whole_blocks  # noqa: E402 - as above
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Bytes of shared memory that one block of threads may have (CUDA programming guide, compute capabilities)."""
-REGISTERS = 1 << 16
-POINTERS = dict.fromkeys(("tasks", "entries", "q_order", "kv_order"), "*i32") | {
-    "start": "*i64",
-    "key_valid": "*u8",
-    "lse": "*fp32",
-    "delta": "*fp32",
-    "d_lse": "*fp32",
-}
-TENSORS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")
+LINEAR = {"gather": gather_kernel, "spread": spread_kernel, "gradient": gradient_kernel}
 
 
 class Row(NamedTuple):
@@ -51,15 +45,6 @@ class Row(NamedTuple):
     def __str__(self) -> str:
         kind = ("" if self.plain else "-packed") + ("-skip" if self.skips else "")
         return f"{self.arch}-{self.phase}-{self.head_dim}-{self.dtype}-{self.tile.own}x{self.tile.other}{kind}"
-
-
-class Compiled(NamedTuple):
-    """What a kernel takes, and its texts by their names."""
-
-    shared: int
-    registers: int
-    stack: int
-    texts: dict[str, str]
 
 
 ROWS = [
@@ -79,7 +64,33 @@ ROWS = [
 ]
 
 
-def compile_row(row: Row) -> Compiled:
+class LinearRow(NamedTuple):
+    arch: int
+    phase: str
+    head_dim: int
+    dtype: str
+    tile: LinearTile
+
+    def __str__(self) -> str:
+        return f"{self.arch}-{self.phase}-{self.head_dim}-{self.dtype}"
+
+
+LINEAR_ROWS = [
+    *(
+        LinearRow(arch, phase, dim, "bf16", tile)
+        for arch in HALF
+        for phase in LINEAR
+        for dim, tile in LINEAR_HALF.items()
+    ),
+    *(LinearRow(90, phase, dim, "fp32", tile) for phase in LINEAR for dim, tile in LINEAR_FULL.items()),
+]
+
+
+def compile_row(row: Row | LinearRow) -> Compiled:
+    return compile_linear(row) if isinstance(row, LinearRow) else compile_attention(row)
+
+
+def compile_attention(row: Row) -> Compiled:
     tile = row.tile
     constants = {
         "OWN": tile.own,
@@ -95,44 +106,23 @@ def compile_row(row: Row) -> Compiled:
     return compile_kernel(KERNELS[row.phase], row.arch, row.head_dim, row.dtype, constants, tile.warps, tile.stages)
 
 
-def compile_kernel(
-    kernel: Any, arch: int, head_dim: int, dtype: str, constants: dict[str, Any], warps: int, stages: int
-) -> Compiled:
-    """As a launch would: pointers and strides are multiples of 16, what it does not specialise is not."""
-    constants = constants | {"D": head_dim, "WIDTH": width(head_dim)}
-    types = dict.fromkeys(TENSORS, "*" + dtype) | POINTERS | {"scale": "fp32", "skip": "fp32"}
-    types |= dict.fromkeys(constants, "constexpr")
-    names = kernel.arg_names
-    specialised = [name for name in names if "*" in types.get(name, "") or re.search("_[bhn]$", name)]
-    source = ASTSource(
-        kernel,
-        {name: types.get(name, "i32") for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in specialised},
-    )
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        used = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{what}:(\d+)", used)[1]) for what in ("REG", "STACK"))
-    texts = {name: compiled.asm[name] for name in ("ttir", "ptx")}
-    return Compiled(compiled.metadata.shared, registers, stack, texts)
+def compile_linear(row: LinearRow) -> Compiled:
+    tile, most = row.tile, dict.fromkeys(("ORDERED", "VALID", "DIVIDED" if row.phase == "spread" else "SCALED"), True)
+    constants = {"OWN": tile.own, "SLICE": tile.columns, "PHI": "softmax"} | most
+    return compile_kernel(LINEAR[row.phase], row.arch, row.head_dim, row.dtype, constants, tile.warps, tile.stages)
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> Iterator[dict[Row, Future[Compiled]]]:
+def compiled(request: pytest.FixtureRequest) -> Iterator[dict[Row | LinearRow, Future[Compiled]]]:
     """The rows of this run's tests, compiled two at a time; in processes, since threads upset Python's own parser."""
     chosen = [item.callspec.params.get("row") for item in request.session.items if hasattr(item, "callspec")]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        yield {row: pool.submit(compile_row, row) for row in chosen if isinstance(row, Row)}
+        yield {row: pool.submit(compile_row, row) for row in chosen if isinstance(row, Row | LinearRow)}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row, Future[Compiled]]) -> None:
+def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row | LinearRow, Future[Compiled]]) -> None:
     kernel = compiled[row].result()
     assert kernel.shared <= SHARED[row.arch]
     assert kernel.registers * 32 * row.tile.warps <= REGISTERS
@@ -144,13 +134,13 @@ def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row, Future[Compiled]]) -
     assert_offsets_are_64_bit(kernel)
 
 
-def assert_offsets_are_64_bit(kernel: Compiled) -> None:
-    """A tensor of 2^31 elements is legal: no address of one may come from a 32-bit offset."""
-    offsets = re.findall(
-        r"tt\.addptr .*ptr<(?:bf16|f32)>.*?, (?:tensor<[0-9x]+x)?(i\d+)>?(?: loc|$)", kernel.texts["ttir"], re.M
-    )
-    assert offsets
-    assert set(offsets) == {"i64"}
+@pytest.mark.parametrize("row", LINEAR_ROWS, ids=str)
+def test_linear_attention_fits_every_chip(row: LinearRow, compiled: dict[Row | LinearRow, Future[Compiled]]) -> None:
+    kernel = compiled[row].result()
+    assert kernel.shared <= SHARED[row.arch]
+    assert kernel.registers * 32 * row.tile.warps <= REGISTERS
+    assert kernel.stack <= 64, "registers spill"
+    assert_offsets_are_64_bit(kernel)
 
 
 def test_the_kernel_before_the_backward_compiles() -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from trained_calls import normal, plan_of, random_classes, run, token_classes
 
 from falloff import SLA, BlockMap, Grid, Plan, Sequence, kernels
-from falloff.kernels.linear import linear_attention
+from falloff.kernels.linear import PHI, linear_attention
 from falloff.methods import Call, State
 from falloff.methods.branch import Layer
-from falloff.methods.sla import FEATURES, Projected, classes, share_of
+from falloff.methods.sla import Projected, classes, share_of
 from falloff.plan import PlanError
 
 OVERS = ("marginal", "complement", "all")
@@ -51,7 +51,7 @@ def test_numbers_by_hand(over: str, linear: float) -> None:
 @given(
     seed=st.integers(0, 1000),
     over=st.sampled_from(OVERS),
-    features=st.sampled_from(list(FEATURES)),
+    features=st.sampled_from(list(PHI)),
     sizes=st.sampled_from([(4, 3), (SIZES[0], SIZES[1]), ([0, 7, 3], [2, 0, 5, 3])]),
     ordered=st.booleans(),
     padded=st.booleans(),
@@ -84,7 +84,7 @@ def test_the_linear_part_one_query_at_a_time(
     valid = torch.rand(2, 10, generator=generator) < 0.7 if padded else None
     if valid is not None:
         k, v = (x.masked_fill(~valid[:, None, :, None], torch.nan) for x in (k, v))
-    out, weight = linear_attention(plan, q, k, v, features=FEATURES[features], over=over, key_valid=valid)
+    out, weight = linear_attention(plan, q, k, v, features=features, over=over, key_valid=valid)
     wanted = {"marginal": (0,), "complement": (0, -1), "all": (1, 0, -1)}[over]
     seen = torch.isin(token_classes(marks, *lists), torch.tensor(wanted))
     for entry in range(2):
@@ -94,7 +94,7 @@ def test_the_linear_part_one_query_at_a_time(
                 keys = seen[entry, head, i].nonzero()[:, 0]
                 keys = keys if orders[1] is None else orders[1][entry, head, keys]
                 keys = keys if valid is None else keys[valid[entry, keys]]
-                x, y = (FEATURES[features](t) for t in (q[entry, head, row], k[entry, head, keys]))
+                x, y = (PHI[features](t) for t in (q[entry, head, row], k[entry, head, keys]))
                 shares = y @ x
                 expected = shares @ v[entry, head, keys] / (shares.sum() + (1e-5 if over == "all" else 0))
                 expected = expected if shares.sum() > 0 else torch.zeros(3, dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_the_linear_part_one_query_at_a_time(
 def test_blocks_may_have_shares_in_the_sums() -> None:
     plan, marks = ragged()
     q, k, v = (normal(i, 1, 2, 10, 3) for i in range(3))
-    features = FEATURES["softmax"]
+    features = "softmax"
     of_zero_and_one = linear_attention(plan, q, k, v, features=features, over=(marks != 1).double())
     for found, wanted in zip(
         of_zero_and_one, linear_attention(plan, q, k, v, features=features, over="complement"), strict=True
@@ -119,7 +119,7 @@ def test_blocks_may_have_shares_in_the_sums() -> None:
     assert torch.autograd.gradcheck(call, shares, atol=1e-7)
 
 
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("features", PHI)
 @pytest.mark.parametrize("over", OVERS)
 def test_gradients_against_central_differences(over: str, features: str) -> None:
     plan, _ = ragged()
@@ -154,7 +154,7 @@ def test_gradients_of_large_inputs_in_single_precision(over: str, scale: float) 
 def test_nothing_left_over_is_plain_attention(over: str) -> None:
     plan = plan_of(torch.ones(1, 1, 3, 4, dtype=torch.int64), 10, 10, 4, 3)
     q, k, v = (normal(i, 1, 2, 10, 3).requires_grad_() for i in range(3))
-    out, weight = linear_attention(plan, q, k, v, features=FEATURES["softmax"], over=over)
+    out, weight = linear_attention(plan, q, k, v, features="softmax", over=over)
     assert not out.any()
     assert not weight.any()
     assert not any(x.any() for x in torch.autograd.grad(out.sum(), (q, k, v)))
@@ -169,8 +169,8 @@ def test_nothing_left_over_is_plain_attention(over: str) -> None:
 def test_nothing_critical_is_linear_attention(over: str) -> None:
     plan = plan_of(torch.zeros(1, 1, 3, 4, dtype=torch.int64), 10, 10, 4, 3)
     q, k, v = (normal(i, 1, 2, 10, 3) for i in range(3))
-    weights = FEATURES["softmax"](q) @ FEATURES["softmax"](k).mT
-    out, _ = linear_attention(plan, q, k, v, features=FEATURES["softmax"], over=over)
+    weights = PHI["softmax"](q) @ PHI["softmax"](k).mT
+    out, _ = linear_attention(plan, q, k, v, features="softmax", over=over)
     torch.testing.assert_close(out, weights @ v / weights.sum(-1, keepdim=True), rtol=1e-4, atol=1e-4)
     made = branch(over)
     projected = torch.nn.functional.linear(out, made.proj.weight.double(), made.proj.bias.double())
@@ -201,7 +201,7 @@ def test_the_linear_part_is_a_mean_of_its_values(over: str) -> None:
     marks[..., 1] = 0
     plan = plan_of(marks, 10, 10, 4, 3)
     q, k, v = (5 * normal(i, 1, 2, 10, 3) for i in range(3))
-    out, weight = linear_attention(plan, q, k, v, features=FEATURES["softmax"], over=over)
+    out, weight = linear_attention(plan, q, k, v, features="softmax", over=over)
     assert (weight > 0).all()
     seen = (token_classes(marks, *SIZES) != 1) if over == "complement" else (token_classes(marks, *SIZES) == 0)
     for sign in (1, -1):
@@ -220,7 +220,7 @@ def test_totals_less_the_rest_are_the_sums(dtype: torch.dtype) -> None:
     total, rest = pairs @ v, (pairs * listed) @ v
     weight = pairs.sum(-1) - (pairs * listed).sum(-1)
     given = (t.to(dtype) for t in (q, k, v))
-    out, found = linear_attention(plan, *given, features=FEATURES["softmax"], over="marginal")
+    out, found = linear_attention(plan, *given, features="softmax", over="marginal")
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(found.double(), weight, **tolerance)
     torch.testing.assert_close(out.double() * found[..., None], total - rest, **tolerance)

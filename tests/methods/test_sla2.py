@@ -10,10 +10,9 @@ from torch import Tensor
 from trained_calls import normal, plan_of, random_classes, run
 
 from falloff import SLA, SLA2, BlockMap, Grid, Plan, Sequence, kernels
-from falloff.kernels.linear import linear_attention
+from falloff.kernels.linear import PHI, linear_attention
 from falloff.methods import Call, State
 from falloff.methods.branch import Layer, Work
-from falloff.methods.sla import FEATURES
 from falloff.methods.sla2 import Mixed, centred, mix
 from falloff.methods.soft_topk import soft_topk
 
@@ -75,9 +74,7 @@ def test_the_output_is_the_mixture_of_both(padded: bool) -> None:
         k, v = (x.masked_fill(~valid[:, None, :, None], torch.nan) for x in (k, v))
     it = work(plan, q, k, v, valid)
     keys = centred(k, valid)
-    linear, weight = linear_attention(
-        plan, q, keys, v, features=FEATURES["softmax"], over="complement", key_valid=valid
-    )
+    linear, weight = linear_attention(plan, q, keys, v, features="softmax", over="complement", key_valid=valid)
     logit = made.balance(it, keys) * torch.tensor([[0.5], [2.0]]) + torch.tensor([[0.3], [-0.7]])
     alpha = logit.sigmoid()[:, :, [0] * 4 + [1] * 4 + [2] * 2, None].where(weight[..., None] > 0, torch.tensor(1.0))
     torch.testing.assert_close(made(it), alpha * it.out_BHND + (1 - alpha) * linear)
@@ -104,7 +101,7 @@ def test_a_vector_added_to_all_keys_changes_nothing() -> None:
     torch.testing.assert_close(*outputs)
 
 
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("features", PHI)
 def test_gradients_against_central_differences(features: str) -> None:
     """The estimated share is taken for constant, so that it is held fixed."""
     plan, made = ragged(), branch(features=features).double()

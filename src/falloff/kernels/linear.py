@@ -10,33 +10,52 @@ and the queries of block i, over a set Z_i of key blocks, are given
 
 a mean of values whose cost grows with the tokens, not with their square. The sums over Z_i are one product of a
 matrix of zeros and ones with all the states: about c / (2 bq bk) of what dense attention costs, and free of the
-cancellation of totals from which the other blocks are taken. Sums and states are float32 at least.
+cancellation of totals from which the other blocks are taken.
+
+There are two that compute it: PyTorch's operators on any device, with sums and states of float32 at least, which is
+the specification, and Triton kernels on CUDA devices (``triton_linear``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from falloff.kernels import triton, triton_linear
 from falloff.kernels.blocks import Blocks, kv_blocks, q_blocks
+from falloff.kernels.errors import UnsupportedError
 from falloff.kernels.groups import Group, groups_within, of_group
 from falloff.kernels.needs import differentiable
 from falloff.plan import Plan
 
 Over = Literal["marginal", "complement", "all"]
-Features = Callable[[Tensor], Tensor]
-"""Queries or keys [..., D] to features [..., c] of at least 0."""
+Features = Literal["softmax", "elu", "relu"]
+"""Feature maps phi of unscaled queries and keys: softmax over a head's channels, elu (+ 1) or relu."""
+Impl = Literal["auto", "torch", "triton"]
+Phi = Callable[[Tensor], Tensor]
 WORKING_BYTES = 256 << 20
 """Held at once beside queries, keys, values and results."""
 SMOOTHING = 1e-5
 """The eps of linear attention over all keys, as in SLA's later code; without effect on a query that keys answer."""
 LEAST = 1e-30
 """A query whose denominator is no more than this has no key it could be answered by, and is given 0."""
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+def _elu(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+PHI: Mapping[Features, Phi] = {"softmax": _softmax, "elu": _elu, "relu": F.relu}
 
 
 class _Seen(NamedTuple):
@@ -56,14 +75,27 @@ def linear_attention(
     features: Features,
     over: Over | Tensor,
     key_valid: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Out [B, H, Nq, D] and its denominators [B, H, Nq], float32 at least. Differentiable.
+    """Out [B, H, Nq, D] in the tensors' type, and its denominators [B, H, Nq], float32 at least. Differentiable.
 
     ``over``: the key blocks of Z_i, those that the plan neither computes nor drops ("marginal"), those that it does
     not compute ("complement"), or "all"; or the share that every block has in the sums, at least 0,
     [B|1, H|1, Tq, Tk]. ``key_valid`` bool [B, Nk] leaves keys out whatever they hold. A query with an empty Z_i gives 0
-    and 0. For a gradient states are made again instead of kept.
+    and 0. For a gradient states are made again instead of kept. ``impl``: "auto" takes "triton" for what it can run on
+    a CUDA device, else "torch".
+
+    Raises ``UnsupportedError`` when "triton" is asked for and cannot run the call.
     """
+    if impl != "torch":
+        why = _refuse_triton(q_BHND, over)
+        if impl == "triton" and why is not None:
+            raise UnsupportedError(f"linear attention's kernel 'triton' cannot run this call: {why}")
+        if why is None and (impl == "triton" or q_BHND.is_cuda) and not isinstance(over, Tensor):
+            marks, eps = (None, SMOOTHING) if over == "all" else (_left_over(plan, over), 0.0)
+            return triton_linear.linear_attention(
+                plan, marks, q_BHND, k_BHND, v_BHND, features=features, eps=eps, key_valid=key_valid
+            )
     shares = (over,) if isinstance(over, Tensor) else ()
     seen = None if over == "all" else _seen(plan, over)
     batch, heads, _, head_dim = q_BHND.shape
@@ -71,18 +103,25 @@ def linear_attention(
     results = []
     for group in groups_within(batch, heads, _head_bytes(plan, head_dim, wide), WORKING_BYTES):
         valid = None if key_valid is None else key_valid[group[0]]
-        run = partial(_attention, features, seen, group, valid)
+        run = partial(_attention, PHI[features], seen, group, valid)
         tensors = (q_BHND[group], k_BHND[group], v_BHND[group])
         if differentiable(*tensors, *shares):
             results.append(checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False))
         else:
             results.append(run(*tensors))
     both = torch.cat(results).view(batch, heads, -1, head_dim + 1)
-    return both[..., :head_dim], both[..., head_dim]
+    return both[..., :head_dim].to(v_BHND.dtype), both[..., head_dim]
+
+
+def _refuse_triton(q_BHND: Tensor, over: Over | Tensor) -> str | None:
+    """Why the Triton kernels cannot run a call; ``None`` where they can."""
+    if isinstance(over, Tensor):
+        return "it sums whole blocks, not shares of them"
+    return triton.absent() or triton.refuse_tensors(q_BHND)
 
 
 def _attention(
-    features: Features, seen: _Seen | None, group: Group, valid_N: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    features: Phi, seen: _Seen | None, group: Group, valid_N: Tensor | None, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
     """Of a few heads: out, and the denominator as one channel more, [H, Nq, D + 1]."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -110,12 +149,16 @@ def _over_blocks(seen: _Seen, group: Group, x: Tensor, y: Tensor, v1: Tensor) ->
 
 
 def _seen(plan: Plan, over: Over | Tensor) -> _Seen:
-    if isinstance(over, Tensor):
-        return _Seen(over, q_blocks(plan), kv_blocks(plan))
-    left_out = plan.blocks.dense()
+    marks = over if isinstance(over, Tensor) else _left_over(plan, over)
+    return _Seen(marks, q_blocks(plan), kv_blocks(plan))
+
+
+def _left_over(plan: Plan, over: Over) -> Tensor:
+    """The blocks of "marginal" or "complement", bool [B|1, H|1, Tq, Tk]."""
+    listed = plan.blocks.dense()
     if over == "marginal" and plan.dropped is not None:
-        left_out = left_out | plan.dropped.dense()
-    return _Seen(~left_out, q_blocks(plan), kv_blocks(plan))
+        listed = listed | plan.dropped.dense()
+    return ~listed
 
 
 def _head_bytes(plan: Plan, head_dim: int, dtype: torch.dtype) -> int:

@@ -39,6 +39,17 @@ def absent() -> str | None:
 
 def refuse(needs: Needs) -> str | None:
     q, plan = needs.q_BHND, needs.plan
+    if (why := refuse_tensors(q)) is not None:
+        return why
+    if max(plan.q_len, plan.kv_len) > PACKED_TOKENS:
+        return f"it takes up to {PACKED_TOKENS} tokens, the plan has {plan.q_len} queries and {plan.kv_len} keys"
+    if plan.skip is not None:
+        return _refuse_skipping(plan, q)
+    return None
+
+
+def refuse_tensors(q: Tensor) -> str | None:
+    """Why none of our Triton kernels takes tensors [B, H, N, D] like these; ``None`` where they do."""
     if q.device.type != ("cpu" if interpreting() else "cuda"):
         where = "CPUs, under TRITON_INTERPRET=1" if interpreting() else "CUDA devices"
         return f"it runs on {where}, the tensors are on {q.device}"
@@ -48,10 +59,6 @@ def refuse(needs: Needs) -> str | None:
         return "it computes in float32 at most, the tensors are torch.float64"
     if q.shape[3] > MAX_HEAD_DIM:
         return f"it takes head dims up to {MAX_HEAD_DIM}, the tensors have {q.shape[3]}"
-    if max(plan.q_len, plan.kv_len) > PACKED_TOKENS:
-        return f"it takes up to {PACKED_TOKENS} tokens, the plan has {plan.q_len} queries and {plan.kv_len} keys"
-    if plan.skip is not None:
-        return _refuse_skipping(plan, q)
     return None
 
 
@@ -90,10 +97,10 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         from falloff.kernels.triton_forward import forward_kernel
 
-        q, k, v = _readable(q), _readable(k), _readable(v)
+        q, k, v = readable(q), readable(k), readable(v)
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        with _on(q.device):
+        with on_device(q.device):
             skipping = {"skip": plan.skip or 0.0, "PROTECTED": None if plan.skip is None else PROTECTED}
             _launch(forward_kernel, "forward", plan, (q, k, v, out, lse), (q, k, v, out), scale, key_valid, **skipping)
         ctx.save_for_backward(q, k, v, out, lse, key_valid)
@@ -109,11 +116,11 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, key_valid = ctx.saved_tensors
         if d_out is None and d_lse is None:
             return (None,) * 6
-        d_out = torch.zeros_like(out) if d_out is None else _readable(d_out)
+        d_out = torch.zeros_like(out) if d_out is None else readable(d_out)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         needs_q, *needs_kv = ctx.needs_input_grad[3:]
-        with _on(q.device):
-            read = (q, k, v, d_out, lse, _delta(out, d_out, d_lse))
+        with on_device(q.device):
+            read = (q, k, v, d_out, lse, delta_of(out, d_out, d_lse))
             strided = (q, k, v, d_out)
             if needs_q:
                 _launch(dq_kernel, "dq", ctx.plan, (*read, dq), (*strided, dq), ctx.scale, key_valid)
@@ -197,7 +204,7 @@ def _machine(q: Tensor) -> tuple[int, torch.dtype]:
     return architecture(torch.cuda.get_device_capability(q.device)), q.dtype
 
 
-def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+def delta_of(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
     """``rowsum(dO O) - dLSE`` of every query, float32 [B, H, Nq]."""
     from falloff.kernels.triton_backward import delta_kernel
 
@@ -227,7 +234,7 @@ def width(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
@@ -236,6 +243,6 @@ def _map_stride(order: Tensor | None) -> int:
     return 0 if order is None or len(order) == 1 else order.stride(0)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,20 +29,6 @@ from falloff.methods.pooling import block_means
 from falloff.methods.select import topk
 from falloff.plan import Plan
 from falloff.schedule import Schedule
-
-Phi = Literal["softmax", "elu", "relu"]
-
-
-def _softmax(x: Tensor) -> Tensor:
-    return x.softmax(-1)
-
-
-def _elu(x: Tensor) -> Tensor:
-    return F.elu(x) + 1
-
-
-FEATURES: Mapping[Phi, Features] = {"softmax": _softmax, "elu": _elu, "relu": F.relu}
-"""Feature maps of unscaled queries and keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +53,7 @@ class SLA(Method):
     density: float = 0.05
     negligible: float = 0.1
     linear_over: Over = "marginal"
-    features: Phi = "softmax"
+    features: Features = "softmax"
     q_block: int = 64
     kv_block: int = 64
 
@@ -77,8 +63,8 @@ class SLA(Method):
             raise ValueError(f"negligible = {self.negligible} must be at least 0 and below 1")
         if self.linear_over not in get_args(Over):
             raise ValueError(f"linear_over = {self.linear_over!r} must be one of {', '.join(get_args(Over))}")
-        if self.features not in FEATURES:
-            raise ValueError(f"features = {self.features!r} must be one of {', '.join(FEATURES)}")
+        if self.features not in get_args(Features):
+            raise ValueError(f"features = {self.features!r} must be one of {', '.join(get_args(Features))}")
         check_count("q_block", self.q_block)
         check_count("kv_block", self.kv_block)
 
@@ -91,7 +77,7 @@ class SLA(Method):
         return {"linear_over": self.linear_over, "features": self.features}
 
     def branch(self, layer: Layer) -> Projected:
-        return Projected(layer.head_dim, linear_over=self.linear_over, features=FEATURES[self.features])
+        return Projected(layer.head_dim, linear_over=self.linear_over, features=self.features)
 
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         return predicted(call.sequence, self.q_block, self.kv_block, q_BHND, k_BHND, self._predict)
@@ -139,4 +125,4 @@ class Projected(Branch):
             key_valid=work.key_valid_BN,
         )
         weight, bias = self.proj.weight.to(linear.dtype), self.proj.bias.to(linear.dtype)
-        return (work.out_BHND + F.linear(linear, weight, bias)).to(work.out_BHND.dtype)
+        return work.out_BHND + F.linear(linear, weight, bias)

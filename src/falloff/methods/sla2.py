@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from falloff.methods.branch import Branch, Layer, Work, blank_linear
 from falloff.methods.layout import Prediction, UniformBlocks, check_count, check_share, predicted
 from falloff.methods.pooling import block_means
 from falloff.methods.select import topk
-from falloff.methods.sla import FEATURES, Phi, share_of
+from falloff.methods.sla import share_of
 from falloff.methods.soft_topk import soft_topk
 from falloff.plan import Plan
 from falloff.schedule import Schedule
@@ -63,14 +63,14 @@ class SLA2(Method):
     }
 
     density: float = 0.05
-    features: Phi = "softmax"
+    features: Features = "softmax"
     q_block: int = 128
     kv_block: int = 64
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
-        if self.features not in FEATURES:
-            raise ValueError(f"features = {self.features!r} must be one of {', '.join(FEATURES)}")
+        if self.features not in get_args(Features):
+            raise ValueError(f"features = {self.features!r} must be one of {', '.join(get_args(Features))}")
         check_count("q_block", self.q_block)
         check_count("kv_block", self.kv_block)
 
@@ -83,7 +83,7 @@ class SLA2(Method):
         return {"features": self.features}
 
     def branch(self, layer: Layer) -> Mixed:
-        return Mixed(layer.heads, layer.head_dim, features=FEATURES[self.features])
+        return Mixed(layer.heads, layer.head_dim, features=self.features)
 
     def plan(self, call: Call, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, state: State) -> Plan | Dense:
         assert state.trained is None or isinstance(state.trained, Mixed)
