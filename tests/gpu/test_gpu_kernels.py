@@ -101,13 +101,13 @@ def linear_results(plan: Plan, inputs: list[Tensor], impl: str, valid: Tensor, *
     return [out, denominators, *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("head_dim", [64, 72, 128, 256])
+@pytest.mark.parametrize("head_dim", [72, 128, 256])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-2), (torch.float32, 1e-4)], ids=str
 )
 @pytest.mark.parametrize("over", get_args(Over))
 @pytest.mark.parametrize("features", get_args(Features))
-@pytest.mark.parametrize("plan_name", PLANS)
+@pytest.mark.parametrize("plan_name", ["blocks of 64", "clusters"])
 def test_linear_attention_agrees_with_pytorchs_operators(
     plan_name: str, features: str, over: str, dtype: torch.dtype, tolerance: float, head_dim: int
 ) -> None:

@@ -58,6 +58,10 @@ class Side:
     order: Tensor | None
     largest: int
 
+    @property
+    def count(self) -> int:
+        return self.start.shape[-1] - 1
+
 
 class Call(NamedTuple):
     """What a pass over some heads is told of one side's tokens; ``valid`` uint8 [N]."""
@@ -79,7 +83,7 @@ class Sets(NamedTuple):
         """Of states [H, T, M] of one side, the sums that go ``to`` the blocks of the other."""
         if self.marks is None:
             total = states.sum(1, keepdim=True, dtype=torch.float32).to(states.dtype)
-            return total.expand(-1, (self.q if to == "q" else self.kv).start.shape[-1] - 1, -1)
+            return total.expand(-1, (self.q if to == "q" else self.kv).count, -1)
         marks = of_group(self.marks, group).to(states.dtype)
         return (marks if to == "q" else marks.mT) @ states
 
@@ -164,8 +168,7 @@ def _answer(denominators: Tensor, eps: float, delta: Tensor, d_denominators: Ten
 def _passes(sets: Sets, features: str, key_valid: Tensor | None, q: Tensor) -> list[tuple[Group, Call, Call]]:
     """A few heads at a time, and what is told of their queries and of their keys."""
     batch, heads, _, head_dim = q.shape
-    blocks = sum(side.start.shape[-1] - 1 for side in (sets.q, sets.kv))
-    head_bytes = blocks * head_dim * (head_dim + 1) * _state_type(q).itemsize
+    head_bytes = (sets.q.count + sets.kv.count) * head_dim * (head_dim + 1) * _state_type(q).itemsize
     valid = None if key_valid is None else key_valid.contiguous().view(torch.uint8)
     return [
         (
@@ -182,7 +185,7 @@ def _gather(call: Call, x_HND: Tensor, values_HND: Tensor, scaled: tuple[Tensor,
     from falloff.kernels.triton_states import gather_kernel
 
     heads, _, dim = x_HND.shape
-    blocks, tile = call.side.start.shape[-1] - 1, _tile(x_HND)
+    blocks, tile = call.side.count, _tile(x_HND)
     states = torch.empty(heads, blocks, dim * (dim + 1), dtype=_state_type(x_HND), device=x_HND.device)
     _launch(
         gather_kernel,
@@ -206,7 +209,7 @@ def _spread(
     denominators, eps = divided or (x_HND, 0.0)
     _launch(
         spread_kernel,
-        (call.side.start.shape[-1] - 1, -(-dim // _tile(x_HND).columns), heads),
+        (call.side.count, -(-dim // _tile(x_HND).columns), heads),
         call,
         x_HND,
         (x_HND, states, out_HND, denominators),
@@ -229,7 +232,7 @@ def _gradient(
 
     _launch(
         gradient_kernel,
-        (call.side.start.shape[-1] - 1, -(-call.side.largest // _tile(x_HND).own), len(x_HND)),
+        (call.side.count, -(-call.side.largest // _tile(x_HND).own), len(x_HND)),
         call,
         x_HND,
         (x_HND, values_HND, *(scaled or (x_HND, x_HND)), states, d_x_HND),
