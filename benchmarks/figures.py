@@ -124,6 +124,37 @@ def attention_figures() -> str:
     return "\n\n".join([table(head, rows), *(reasons if refused else []), source(result, path)])
 
 
+def sla_figures() -> str:
+    """One call of SLA by the keys of its linear part, and what its blocks alone would take."""
+    path = RESULTS / "sla-cpu.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    tables = []
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["dtype"] == dtype]
+        arms = rows[0]["arms"]
+        dense = arms.keys() - {"sla", "blocks alone", "linear alone"}
+        fastest = max(dense, key=lambda name: arms[name]["backward_speedup"])
+        ways = {name: arms[name] for name in (fastest, "blocks alone")}
+        ways |= {f"SLA, {row['settings']['linear_over']}": row["arms"]["sla"] for row in rows}
+        head = [f"{rows[0]['heads']} heads x {rows[0]['head_dim']}, {rows[0]['tokens']:,} tokens, {dtype}"]
+        lines = [
+            [name, *(part for pass_ in ("forward", "backward") for part in (ms(way, pass_), gain(way, pass_)))]
+            for name, way in ways.items()
+        ]
+        tables.append(table([*head, "forward", "against dense", "backward", "against dense"], lines))
+    return "\n\n".join([*tables, source(result, path, "../../")])
+
+
+def ms(way: dict[str, float], pass_: str) -> str:
+    return f"{way[f'{pass_}_ms']:.0f} ms"
+
+
+def gain(way: dict[str, float], pass_: str) -> str:
+    return f"{way[f'{pass_}_speedup']:.2f}x"
+
+
 def methods_figures() -> str:
     """Every method at one density, best first."""
     parts = []
@@ -327,6 +358,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "quality": quality_figures,
     "plan": plan_figures,
     "attention": attention_figures,
+    "sla": sla_figures,
     "methods": methods_figures,
     "tuned": partial(arms_figures, "tuned"),
     "duel": partial(arms_figures, "duel"),

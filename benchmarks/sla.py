@@ -1,10 +1,10 @@
 """One call of SLA, forward and backward, against dense attention, and what its parts take.
 
-    python benchmarks/sla.py --shape wan1.3b-480p --dtype bfloat16 --output benchmarks/results/sla-cpu.json
+    python benchmarks/sla.py --dtype float32 --dtype bfloat16 --output benchmarks/results/sla-cpu.json
 
 Its blocks are chosen once, as for queries and keys of noise, since their cost depends on their number alone; what
 choosing takes is told apart. Speed-up is over the fastest dense attention there is, our own kernels with every block on
-included. The same command runs on a GPU where there is one.
+included. The same command runs on a GPU where there is one, with --shape wan1.3b-480p.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -113,7 +114,8 @@ def main() -> None:
     parser.add_argument("--shape", default="4,64,32x16x16")
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--linear-over", choices=get_args(Over), action="append", help="repeatable; all unless given")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    types = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", choices=types, action="append", help="repeatable; float32 unless given")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     given = parser.parse_args()
@@ -122,9 +124,9 @@ def main() -> None:
     if shape.sequence is None:
         parser.error(f"--shape {given.shape} has no grid, and SLA needs one")
     rows = []
-    for over in given.linear_over or get_args(Over):
+    for dtype, over in product(given.dtype or ("float32",), given.linear_over or get_args(Over)):
         method = falloff.SLA(density=given.density, linear_over=over)
-        rows.append(measure(method, shape, getattr(torch, given.dtype), device, given.rounds))
+        rows.append(measure(method, shape, getattr(torch, dtype), device, given.rounds))
         print(json.dumps(rows[-1], indent=1), flush=True)
     record.write(given.output, shlex.join(["python", *sys.argv]), device, rows)
 

@@ -109,8 +109,8 @@ def linear_attention(
             results.append(checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False))
         else:
             results.append(run(*tensors))
-    both = torch.cat(results).view(batch, heads, -1, head_dim + 1)
-    return both[..., :head_dim].to(v_BHND.dtype), both[..., head_dim]
+    out, denominators = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return out.view(batch, heads, -1, head_dim), denominators.view(batch, heads, -1)
 
 
 def _refuse_triton(q_BHND: Tensor, over: Over | Tensor) -> str | None:
@@ -122,9 +122,9 @@ def _refuse_triton(q_BHND: Tensor, over: Over | Tensor) -> str | None:
 
 def _attention(
     features: Phi, seen: _Seen | None, group: Group, valid_N: Tensor | None, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """Of a few heads: out, and the denominator as one channel more, [H, Nq, D + 1]."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+) -> tuple[Tensor, Tensor]:
+    """Of a few heads: out [H, N, D] and the denominators [H, N]."""
+    dtype, wide = v.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if valid_N is not None:  # 0 * NaN would leak otherwise
         k, v = (x.masked_fill(~valid_N[:, None], 0) for x in (k, v))
@@ -136,8 +136,8 @@ def _attention(
     values, weight = sums[..., :-1], sums[..., -1:]
     empty = weight <= LEAST
     eps = SMOOTHING if seen is None else 0.0
-    out = values.masked_fill(empty, 0) / (weight + eps).masked_fill(empty, 1)
-    return torch.cat([out, weight.masked_fill(empty, 0)], -1)
+    out = values * (weight + eps).masked_fill(empty, torch.inf).reciprocal()
+    return out.to(dtype), weight.masked_fill(empty, 0)[..., 0]
 
 
 def _over_blocks(seen: _Seen, group: Group, x: Tensor, y: Tensor, v1: Tensor) -> Tensor:
