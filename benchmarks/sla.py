@@ -120,7 +120,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = shape_of(given.shape)
+    try:
+        shape = shape_of(given.shape)
+    except ValueError as error:
+        parser.error(str(error))
     if shape.sequence is None:
         parser.error(f"--shape {given.shape} has no grid, and SLA needs one")
     rows = []
