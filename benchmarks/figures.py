@@ -131,28 +131,19 @@ def sla_figures() -> str:
         return ""
     result = json.loads(path.read_text())
     tables = []
-    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["dtype"] == dtype]
-        arms = rows[0]["arms"]
-        dense = arms.keys() - {"sla", "blocks alone", "linear alone"}
-        fastest = max(dense, key=lambda name: arms[name]["backward_speedup"])
-        ways = {name: arms[name] for name in (fastest, "blocks alone")}
-        ways |= {f"SLA, {row['settings']['linear_over']}": row["arms"]["sla"] for row in rows}
-        head = [f"{rows[0]['heads']} heads x {rows[0]['head_dim']}, {rows[0]['tokens']:,} tokens, {dtype}"]
-        lines = [
-            [name, *(part for pass_ in ("forward", "backward") for part in (ms(way, pass_), gain(way, pass_)))]
-            for name, way in ways.items()
-        ]
-        tables.append(table([*head, "forward", "against dense", "backward", "against dense"], lines))
+    for row in result["rows"]:
+        arms = row["arms"]
+        dense = (name for name, way in arms.items() if way["kind"] == "dense")
+        fastest = min(dense, key=lambda name: arms[name]["forward_ms"] + arms[name]["backward_ms"])
+        names = [fastest, "blocks alone", *(name for name in arms if name.startswith("SLA"))]
+        lines = [[name, *both(arms[name], "forward"), *both(arms[name], "backward")] for name in names]
+        head = f"{row['heads']} heads x {row['head_dim']}, {row['tokens']:,} tokens, {row['dtype']}"
+        tables.append(table([head, "forward", "against dense", "backward", "against dense"], lines))
     return "\n\n".join([*tables, source(result, path, "../../")])
 
 
-def ms(way: dict[str, float], pass_: str) -> str:
-    return f"{way[f'{pass_}_ms']:.0f} ms"
-
-
-def gain(way: dict[str, float], pass_: str) -> str:
-    return f"{way[f'{pass_}_speedup']:.2f}x"
+def both(way: dict[str, float], pass_: str) -> list[str]:
+    return [f"{way[f'{pass_}_ms']:.0f} ms", f"{way[f'{pass_}_speedup']:.2f}x"]
 
 
 def methods_figures() -> str:

@@ -14,8 +14,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -51,36 +49,35 @@ def planned(method: falloff.SLA, shape: Shape, inputs: Inputs) -> tuple[Plan, fl
     return plan, 1e3 * min(seconds)
 
 
-def sla(method: falloff.SLA, plan: Plan, shape: Shape, device: torch.device) -> Attend:
-    """The whole of it, with a projection that has learned something."""
+def parts(method: falloff.SLA, plan: Plan, shape: Shape, device: torch.device) -> dict[str, Attend]:
+    """The whole of it, with a projection that has learned something, and its linear part by itself."""
     layer = Layer(heads=shape.heads, head_dim=shape.head_dim, width=shape.heads * shape.head_dim)
     branch = method.branch(layer).to(device)
     torch.nn.init.eye_(branch.proj.weight)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = kernels.attend(plan, q, k, v)
         work = Work(plan=plan, q_BHND=q, k_BHND=k, v_BHND=v, out_BHND=out, scale=shape.head_dim**-0.5)
         made: Tensor = branch(work)
         return made
 
-    return attend
+    def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear_attention(plan, q, k, v, features=method.features, over=method.linear_over)[0]
+
+    return {f"SLA, {method.linear_over}": whole, f"linear alone, {method.linear_over}": linear}
 
 
-def linear(method: falloff.SLA, plan: Plan) -> Attend:
-    return lambda q, k, v: linear_attention(plan, q, k, v, features=method.features, over=method.linear_over)[0]
-
-
-def measure(method: falloff.SLA, shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
+def measure(density: float, shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
     inputs = Inputs.random(shape.heads, shape.tokens, shape.head_dim, dtype=dtype, device=device, backward=True)
-    plan, plan_ms = planned(method, shape, inputs)
     names = [name for name, there, _ in kernels.available() if there and name != "reference"]
     dense, refused = dense_arms(inputs, names)
-    parts: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "sla": sla(method, plan, shape, device),
-        "blocks alone": lambda q, k, v: kernels.attend(plan, q, k, v),
-        "linear alone": linear(method, plan),
-    }
-    able, failed = tried(dense | {name: arm(attend, inputs) for name, attend in parts.items()}, device)
+    ways: dict[str, Attend] = {}
+    for over in get_args(Over):
+        method = falloff.SLA(density=density, linear_over=over)
+        plan, plan_ms = planned(method, shape, inputs)
+        ways |= parts(method, plan, shape, device)
+    ways["blocks alone"] = lambda q, k, v: kernels.attend(plan, q, k, v)  # the same blocks, whichever the plan
+    able, failed = tried(dense | {name: arm(attend, inputs) for name, attend in ways.items()}, device)
     times = interleaved(able, rounds=rounds, device=device, threads=torch.get_num_threads())
     peers = {name: taken for name, taken in times.items() if name in dense}
     return {
@@ -89,11 +86,10 @@ def measure(method: falloff.SLA, shape: Shape, dtype: torch.dtype, device: torch
         "head_dim": shape.head_dim,
         "tokens": shape.tokens,
         "dtype": str(dtype).removeprefix("torch."),
-        "settings": method.settings(),
         "density": plan.density,
         "plan_ms": plan_ms,
         "kernel": kernels.choose(plan, inputs.q, needs_grad=True, needs_lse=False).name,
-        "arms": {name: told(taken, peers) for name, taken in times.items()},
+        "arms": {name: {"kind": "dense" if name in dense else "sparse"} | told(times[name], peers) for name in times},
         "refused": refused | failed,
     }
 
@@ -113,7 +109,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4,64,32x16x16")
     parser.add_argument("--density", type=float, default=0.05)
-    parser.add_argument("--linear-over", choices=get_args(Over), action="append", help="repeatable; all unless given")
     types = ("float32", "float16", "bfloat16")
     parser.add_argument("--dtype", choices=types, action="append", help="repeatable; float32 unless given")
     parser.add_argument("--rounds", type=int, default=7)
@@ -127,9 +122,8 @@ def main() -> None:
     if shape.sequence is None:
         parser.error(f"--shape {given.shape} has no grid, and SLA needs one")
     rows = []
-    for dtype, over in product(given.dtype or ("float32",), given.linear_over or get_args(Over)):
-        method = falloff.SLA(density=given.density, linear_over=over)
-        rows.append(measure(method, shape, getattr(torch, dtype), device, given.rounds))
+    for dtype in given.dtype or ("float32",):
+        rows.append(measure(given.density, shape, getattr(torch, dtype), device, given.rounds))
         print(json.dumps(rows[-1], indent=1), flush=True)
     record.write(given.output, shlex.join(["python", *sys.argv]), device, rows)
 

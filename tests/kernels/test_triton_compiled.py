@@ -23,14 +23,12 @@ from triton_compiling import (  # noqa: E402 - only where triton is
 from falloff.kernels.skip import PROTECTED  # noqa: E402 - as above
 from falloff.kernels.triton_backward import delta_kernel, dkv_kernel, dq_kernel  # noqa: E402 - as above
 from falloff.kernels.triton_forward import forward_kernel  # noqa: E402 - as above
-from falloff.kernels.triton_linear import FULL as LINEAR_FULL  # noqa: E402 - as above
-from falloff.kernels.triton_linear import HALF as LINEAR_HALF  # noqa: E402 - as above
-from falloff.kernels.triton_linear import Tile as LinearTile  # noqa: E402 - as above
+from falloff.kernels.triton_linear import LEAST  # noqa: E402 - as above
 from falloff.kernels.triton_states import gather_kernel, gradient_kernel, spread_kernel  # noqa: E402 - as above
-from falloff.kernels.triton_tiles import FULL, HALF, HEAD_DIMS, Tile, whole_blocks  # noqa: E402 - as above
+from falloff.kernels.triton_tiles import FULL, HALF, HEAD_DIMS, LINEAR, Tile, whole_blocks  # noqa: E402 - as above
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
-LINEAR = {"gather": gather_kernel, "spread": spread_kernel, "gradient": gradient_kernel}
+LINEAR_KERNELS = {"gather": gather_kernel, "spread": spread_kernel, "gradient": gradient_kernel}
 
 
 class Row(NamedTuple):
@@ -64,30 +62,17 @@ ROWS = [
 ]
 
 
-class LinearRow(NamedTuple):
-    arch: int
-    phase: str
-    head_dim: int
-    dtype: str
-    tile: LinearTile
-
-    def __str__(self) -> str:
-        return f"{self.arch}-{self.phase}-{self.head_dim}-{self.dtype}"
-
-
 LINEAR_ROWS = [
-    *(
-        LinearRow(arch, phase, dim, "bf16", tile)
-        for arch in HALF
-        for phase in LINEAR
-        for dim, tile in LINEAR_HALF.items()
-    ),
-    *(LinearRow(90, phase, dim, "fp32", tile) for phase in LINEAR for dim, tile in LINEAR_FULL.items()),
+    Row(arch, phase, most, dtype, tile)
+    for dtype, itemsize, archs in (("bf16", 2, tuple(HALF)), ("fp32", 4, (90,)))
+    for arch in archs
+    for phase in LINEAR_KERNELS
+    for most, tile in LINEAR[itemsize].items()
 ]
 
 
-def compile_row(row: Row | LinearRow) -> Compiled:
-    return compile_linear(row) if isinstance(row, LinearRow) else compile_attention(row)
+def compile_row(row: Row) -> Compiled:
+    return (compile_linear if row.phase in LINEAR_KERNELS else compile_attention)(row)
 
 
 def compile_attention(row: Row) -> Compiled:
@@ -106,23 +91,24 @@ def compile_attention(row: Row) -> Compiled:
     return compile_kernel(KERNELS[row.phase], row.arch, row.head_dim, row.dtype, constants, tile.warps, tile.stages)
 
 
-def compile_linear(row: LinearRow) -> Compiled:
-    tile, most = row.tile, dict.fromkeys(("ORDERED", "VALID", "DIVIDED" if row.phase == "spread" else "SCALED"), True)
-    constants = {"OWN": tile.own, "SLICE": tile.columns, "PHI": "softmax"} | most
-    return compile_kernel(LINEAR[row.phase], row.arch, row.head_dim, row.dtype, constants, tile.warps, tile.stages)
+def compile_linear(row: Row) -> Compiled:
+    tile, own = row.tile, {"DIVIDED": True, "LEAST": LEAST} if row.phase == "spread" else {"SCALED": True}
+    constants = {"OWN": tile.own, "SLICE": tile.other, "PHI": "softmax", "ORDERED": True, "VALID": True} | own
+    kernel = LINEAR_KERNELS[row.phase]
+    return compile_kernel(kernel, row.arch, row.head_dim, row.dtype, constants, tile.warps, tile.stages)
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> Iterator[dict[Row | LinearRow, Future[Compiled]]]:
+def compiled(request: pytest.FixtureRequest) -> Iterator[dict[Row, Future[Compiled]]]:
     """The rows of this run's tests, compiled two at a time; in processes, since threads upset Python's own parser."""
     chosen = [item.callspec.params.get("row") for item in request.session.items if hasattr(item, "callspec")]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        yield {row: pool.submit(compile_row, row) for row in chosen if isinstance(row, Row | LinearRow)}
+        yield {row: pool.submit(compile_row, row) for row in chosen if isinstance(row, Row)}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row | LinearRow, Future[Compiled]]) -> None:
+def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row, Future[Compiled]]) -> None:
     kernel = compiled[row].result()
     assert kernel.shared <= SHARED[row.arch]
     assert kernel.registers * 32 * row.tile.warps <= REGISTERS
@@ -135,7 +121,7 @@ def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row | LinearRow, Future[C
 
 
 @pytest.mark.parametrize("row", LINEAR_ROWS, ids=str)
-def test_linear_attention_fits_every_chip(row: LinearRow, compiled: dict[Row | LinearRow, Future[Compiled]]) -> None:
+def test_linear_attention_fits_every_chip(row: Row, compiled: dict[Row, Future[Compiled]]) -> None:
     kernel = compiled[row].result()
     assert kernel.shared <= SHARED[row.arch]
     assert kernel.registers * 32 * row.tile.warps <= REGISTERS

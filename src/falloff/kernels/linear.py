@@ -32,6 +32,7 @@ from falloff.kernels.blocks import Blocks, kv_blocks, q_blocks
 from falloff.kernels.errors import UnsupportedError
 from falloff.kernels.groups import Group, groups_within, of_group
 from falloff.kernels.needs import differentiable
+from falloff.kernels.triton_linear import LEAST
 from falloff.plan import Plan
 
 Over = Literal["marginal", "complement", "all"]
@@ -43,8 +44,6 @@ WORKING_BYTES = 256 << 20
 """Held at once beside queries, keys, values and results."""
 SMOOTHING = 1e-5
 """The eps of linear attention over all keys, as in SLA's later code; without effect on a query that keys answer."""
-LEAST = 1e-30
-"""A query whose denominator is no more than this has no key it could be answered by, and is given 0."""
 
 
 def _softmax(x: Tensor) -> Tensor:

@@ -26,27 +26,15 @@ from torch.autograd.function import once_differentiable
 from falloff.kernels.groups import Group, groups_within, of_group
 from falloff.kernels.kept import kept
 from falloff.kernels.triton import delta_of, interpreting, on_device, readable, width
+from falloff.kernels.triton_tiles import linear_tile
 from falloff.plan import Plan
 
 WORKING_BYTES = 512 << 20
 """Held at once as states and their sums."""
 CHUNK = 1024
 """Tokens that share a state where all are summed."""
-
-
-class Tile(NamedTuple):
-    """What a program takes at once: tokens, and columns of a state."""
-
-    own: int
-    columns: int
-    warps: int
-    stages: int
-
-
-HALF = {128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)}
-"""Of 16-bit tensors, by head dims up to, everywhere."""
-FULL = {128: Tile(16, 32, 8, 2), 256: Tile(16, 16, 8, 2)}
-"""Of float32: multiplied without tensor cores, which round it."""
+LEAST = 1e-30
+"""A query whose denominator is no more than this has no key it could be answered by, and is given 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,11 +173,11 @@ def _gather(call: Call, x_HND: Tensor, values_HND: Tensor, scaled: tuple[Tensor,
     from falloff.kernels.triton_states import gather_kernel
 
     heads, _, dim = x_HND.shape
-    blocks, tile = call.side.count, _tile(x_HND)
+    blocks, tile = call.side.count, linear_tile(dim, x_HND.dtype)
     states = torch.empty(heads, blocks, dim * (dim + 1), dtype=_state_type(x_HND), device=x_HND.device)
     _launch(
         gather_kernel,
-        (blocks, -(-dim // tile.columns), heads),
+        (blocks, -(-dim // tile.other), heads),
         call,
         x_HND,
         (x_HND, values_HND, *(scaled or (x_HND, x_HND)), states),
@@ -209,13 +197,14 @@ def _spread(
     denominators, eps = divided or (x_HND, 0.0)
     _launch(
         spread_kernel,
-        (call.side.count, -(-dim // _tile(x_HND).columns), heads),
+        (call.side.count, -(-dim // linear_tile(dim, x_HND.dtype).other), heads),
         call,
         x_HND,
         (x_HND, states, out_HND, denominators),
         (x_HND, states, out_HND),
         eps=eps,
         DIVIDED=divided is not None,
+        LEAST=LEAST,
     )
 
 
@@ -230,9 +219,10 @@ def _gradient(
     """Fill ``d_x_HND``. ``scaled``: factor and weight of every token, [H, N]."""
     from falloff.kernels.triton_states import gradient_kernel
 
+    heads, _, dim = x_HND.shape
     _launch(
         gradient_kernel,
-        (call.side.count, -(-call.side.largest // _tile(x_HND).own), len(x_HND)),
+        (call.side.count, -(-call.side.largest // linear_tile(dim, x_HND.dtype).own), heads),
         call,
         x_HND,
         (x_HND, values_HND, *(scaled or (x_HND, x_HND)), states, d_x_HND),
@@ -252,7 +242,7 @@ def _launch(
 ) -> None:
     """``strided``: the tensors whose first two strides the kernel is told."""
     _, length, dim = x_HND.shape
-    tile, side, unused = _tile(x_HND), call.side, x_HND
+    tile, side, unused = linear_tile(dim, x_HND.dtype), call.side, x_HND
     start = of_group(side.start, call.group).contiguous()
     order = unused if side.order is None else of_group(side.order, call.group).contiguous()
     kernel[grid](
@@ -268,7 +258,7 @@ def _launch(
         D=dim,
         WIDTH=width(dim),
         OWN=tile.own,
-        SLICE=min(tile.columns, width(dim)),
+        SLICE=min(tile.other, width(dim)),
         PHI=call.features,
         ORDERED=side.order is not None,
         VALID=call.valid is not None,
@@ -276,11 +266,6 @@ def _launch(
         num_stages=tile.stages,
         enable_fp_fusion=True,  # as attention's kernels are launched
     )
-
-
-def _tile(x: Tensor) -> Tile:
-    tiles = FULL if x.dtype == torch.float32 else HALF
-    return next(tile for most, tile in tiles.items() if x.shape[-1] <= most)
 
 
 def _state_type(x: Tensor) -> torch.dtype:
@@ -294,8 +279,8 @@ def _side(plan: Plan, side: Literal["q", "kv"], whole: bool) -> Side:
 
 def _stretches(plan: Plan, side: Literal["q", "kv"]) -> Side:
     length, device = plan.q_len if side == "q" else plan.kv_len, plan.blocks.start.device
-    bounds = [*range(0, length, CHUNK), length]
-    return Side(torch.tensor(bounds, device=device).view(1, 1, -1), None, min(length, CHUNK))
+    start = torch.arange(0, length + CHUNK, CHUNK, device=device).clamp(max=length)
+    return Side(start.view(1, 1, -1), None, min(length, CHUNK))
 
 
 def _blocks(plan: Plan, side: Literal["q", "kv"]) -> Side:

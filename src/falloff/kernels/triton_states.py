@@ -18,8 +18,6 @@ import triton.language as tl
 
 from falloff.kernels.triton_common import load_rows, store_rows
 
-LEAST = tl.constexpr(1e-30)  # as in linear.py
-
 
 @triton.jit(do_not_specialize=["start_h", "order_h", "tokens"])
 def gather_kernel(
@@ -57,7 +55,7 @@ def spread_kernel(
     x, states, out, denominators, start, order, key_valid,
     x_h, x_n, states_h, states_t, out_h, out_n, start_h, order_h, tokens, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, SLICE: tl.constexpr, PHI: tl.constexpr,
-    DIVIDED: tl.constexpr, ORDERED: tl.constexpr, VALID: tl.constexpr,
+    DIVIDED: tl.constexpr, LEAST: tl.constexpr, ORDERED: tl.constexpr, VALID: tl.constexpr,
 ):  # fmt: skip
     """``SLICE`` columns of a block's tokens. Grid: blocks, slices, heads.
 

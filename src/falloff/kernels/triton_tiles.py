@@ -52,6 +52,11 @@ HALF: dict[int, dict[tuple[Pass, int], tuple[Tile, ...]]] = {
 """Of 16-bit tensors: architecture -> (pass, head dims up to) -> tiles, the most efficient first."""
 FULL = Tile(16, 16, 8, 2)
 """Of float32, everywhere: multiplied without tensor cores, which round it."""
+LINEAR: dict[int, dict[int, Tile]] = {
+    2: {128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+    4: {128: Tile(16, 32, 8, 2), 256: Tile(16, 16, 8, 2)},
+}
+"""Of linear attention, everywhere: bytes of a number -> head dims up to -> tile, ``other`` the columns of a state."""
 
 
 def tiles_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype) -> tuple[Tile, ...]:
@@ -59,6 +64,10 @@ def tiles_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype) -> tupl
     if dtype.itemsize == 4:
         return (FULL,)
     return HALF[arch][phase, next(most for most in HEAD_DIMS if head_dim <= most)]
+
+
+def linear_tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    return LINEAR[dtype.itemsize][next(most for most in HEAD_DIMS if head_dim <= most)]
 
 
 def tile_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype, sizes: Sizes, mean: float) -> Tile:
