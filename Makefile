@@ -20,7 +20,8 @@ lint: $(VENV)/.dev
 	$(BIN)/python benchmarks/figures.py --check
 	$(BIN)/python benchmarks/models.py --check
 
-# Tests of the seam with diffusers under every supported version, in environments of their own. Takes long.
+# Tests of the seam with diffusers under every supported version, and of vendor kernels' adapters beside the libraries,
+# in environments of their own. Takes long.
 matrix: $(VENV)/.dev
 	$(BIN)/python tests/matrix/run.py
 

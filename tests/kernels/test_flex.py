@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ def test_it_never_runs_uncompiled() -> None:
         attend(plan, *inputs, impl="flex")
 
 
+@pytest.mark.skipif("isolate_recompiles" not in signature(torch.compile).parameters, reason="PyTorch is too old")
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,4 +1,5 @@
-"""Run the tests of the seam with diffusers in an environment of every version that falloff supports.
+"""Run the tests of the seam with diffusers in an environment of every version that falloff supports, and those of the
+adapters of vendor kernels beside the libraries themselves.
 
     make matrix                                                    # all of them, many minutes
     .venv/bin/python tests/matrix/run.py --only "diffusers 0.36.0"
@@ -22,6 +23,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests/matrix/results.json"
 TRANSFORMERS_4, TRANSFORMERS_5 = "transformers>=4.57,<5", "transformers>=5.23,<6"
+VENDORS = "vendor kernels"
 # torchao of today wants a newer PyTorch, and peft of today a newer torchao.
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "diffusers 0.35.2": ("diffusers==0.35.2", TRANSFORMERS_4),
@@ -30,6 +32,16 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "diffusers 0.41.0": ("diffusers==0.41.0", TRANSFORMERS_5),
     "diffusers 0.42.1": ("diffusers==0.42.1", TRANSFORMERS_5),
     "torch 2.6.0": ("torch==2.6.0", "torchao==0.9.0", "peft==0.18.1", "diffusers==0.42.1", TRANSFORMERS_5),
+    VENDORS: (
+        "--no-deps",  # of which one is a PyTorch with CUDA
+        "nvidia-cudnn-frontend==1.32.0",
+        "flash-attn-4==4.0.0b36",
+        "flashinfer-python==0.7.4",
+        *("nvidia-cutlass-dsl==4.8.1", "nvidia-cutlass-dsl-libs-base==4.8.1", "nvidia-cutlass-dsl-libs-core==4.8.1"),
+        *("nvidia-cutlass-dsl-libs-cu13==4.8.1", "cuda-bindings==13.5.0", "cuda-pathfinder==1.9.1"),
+        *("apache-tvm-ffi==0.1.15.post2", "torch-c-dlpack-ext==0.1.5", "quack-kernels==0.6.5", "cuda-tile==1.7.0"),
+        *("nvidia-ml-py==13.615.71", "einops==0.8.2"),
+    ),
 }
 HIDDEN = {"diffusers 0.35.2": "torchao", "diffusers 0.36.0": "torchao"}
 """What an environment must not find in the rest: these versions fail to import beside a torchao of today."""
@@ -39,9 +51,11 @@ TESTS = (
     "tests/hosts/test_wan.py",
     "tests/hosts/test_where.py",
 )
+VENDOR_TESTS = ("tests/matrix/vendor_libraries.py",)
 LEFT_OUT = "compiled or odd_grids"
 """What takes minutes, and hangs on PyTorch and on our kernels more than on diffusers."""
 PACKAGES = ("torch", "diffusers", "transformers", "huggingface_hub", "peft", "numpy")
+VENDOR_PACKAGES = ("torch", "nvidia-cudnn-frontend", "flash-attn-4", "flashinfer-python", "nvidia-cutlass-dsl")
 
 
 def main() -> None:
@@ -53,7 +67,8 @@ def main() -> None:
         print(f"{name}: installing", flush=True)
         python = install(name)
         print(f"{name}: testing", flush=True)
-        rows[name] = {"environment": name, **versions(python), **test(python)}
+        packages, tests = (VENDOR_PACKAGES, VENDOR_TESTS) if name == VENDORS else (PACKAGES, TESTS)
+        rows[name] = {"environment": name, **versions(python, packages), **test(python, tests)}
         write([rows[name] for name in ENVIRONMENTS if name in rows])
     show([rows[name] for name in chosen])
     sys.exit(any(rows[name]["failed"] for name in chosen))
@@ -73,22 +88,22 @@ def install(name: str) -> Path:
     return python
 
 
-def versions(python: Path) -> dict[str, str]:
+def versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
     code = (
         "import json, platform, importlib.metadata as m; "
-        f"print(json.dumps({{'python': platform.python_version(), **{{p: m.version(p) for p in {PACKAGES}}}}}))"
+        f"print(json.dumps({{'python': platform.python_version(), **{{p: m.version(p) for p in {packages}}}}}))"
     )
     told: dict[str, str] = json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True).stdout)
     return told
 
 
-def test(python: Path) -> dict[str, int | list[str]]:
+def test(python: Path, tests: tuple[str, ...]) -> dict[str, int | list[str]]:
     """Numbers of tests, and those that failed. Old libraries may warn: only ours may not, and these are not ours."""
     report = ROOT / ".matrix/junit.xml"
     report.unlink(missing_ok=True)
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-o", "filterwarnings=", f"--junitxml={report}"]
     command += ["-k", f"not ({LEFT_OUT})"]
-    done = subprocess.run([*command, *TESTS], cwd=ROOT, env={**os.environ, "PYTHONPATH": "src", "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run([*command, *tests], cwd=ROOT, env={**os.environ, "PYTHONPATH": "src", "HF_HUB_OFFLINE": "1"})
     if not report.exists():
         sys.exit(f"pytest ended with {done.returncode} and left no report")
     cases = list(ElementTree.parse(report).iter("testcase"))
@@ -108,11 +123,16 @@ def write(rows: list[dict[str, object]]) -> None:
 
 
 def show(rows: list[dict[str, object]]) -> None:
-    heads = ("environment", "python", *PACKAGES, "passed", "skipped", "failed")
-    table = [heads, *([str(len(v) if isinstance(v := row[head], list) else v) for head in heads] for row in rows)]
+    told = dict.fromkeys(package for row in rows for package in (*PACKAGES, *VENDOR_PACKAGES) if package in row)
+    heads = ("environment", "python", *told, "passed", "skipped", "failed")
+    table = [heads, *([text(row.get(head, "")) for head in heads] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def text(value: object) -> str:
+    return str(len(value) if isinstance(value, list) else value)
 
 
 if __name__ == "__main__":
