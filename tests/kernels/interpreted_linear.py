@@ -10,8 +10,9 @@ import torch
 from kernel_cases import qkv, tensors
 from torch import Tensor
 
-from falloff.kernels import UnsupportedError
+from falloff.kernels import UnsupportedError, linear
 from falloff.kernels.linear import Features, Over, linear_attention
+from falloff.kernels.trial import Trial
 from falloff.plan import BlockMap, Plan
 
 SIZES = torch.tensor([0, 1, 26, 5, 18])
@@ -140,3 +141,28 @@ def test_what_it_cannot_run_is_refused_when_it_is_named() -> None:
     double = [x.double() for x in inputs]
     with pytest.raises(UnsupportedError, match="'triton' cannot run this call: it computes in float32 at most"):
         linear_attention(plan, *double, impl="triton", features="softmax", over="all")
+
+
+@pytest.mark.parametrize(
+    ("features", "over", "block"), [("softmax", "marginal", 32), ("elu", "complement", None), ("relu", "all", 32)]
+)
+def test_they_pass_the_trial_that_they_have_on_a_gpu(features, over, block):
+    trial = Trial(torch.device("cpu"), torch.float16, 32, block, block, grad=True)
+    assert linear._fault(trial, features, over) is None
+
+
+def test_compiled_kernels_that_are_wrong_are_refused(monkeypatch):
+    """As on a GPU, where a compiler made them."""
+    for name in ("absent", "refuse_tensors", "interpreting"):
+        monkeypatch.setattr(linear.triton, name, lambda *tensors: None)
+    settings = {"features": "relu", "over": "all", "impl": "triton"}
+    inputs = qkv(3, 1, 1, Q, K, 48)
+    expected = results(uniform(), "torch", inputs, features="relu", over="all")[0]
+    right = linear_attention(uniform(), *inputs, **settings)[0]
+    torch.testing.assert_close(right, expected, rtol=1e-5, atol=1e-5)
+    kernels = linear._by_triton
+    monkeypatch.setattr(linear, "_by_triton", lambda *given: tuple(1.1 * part for part in kernels(*given)))
+    linear._fault.cache_clear()
+    with pytest.raises(UnsupportedError, match=r"'triton' cannot run this call: its output is off by 0\.1"):
+        linear_attention(uniform(), *inputs, **settings)
+    linear._fault.cache_clear()

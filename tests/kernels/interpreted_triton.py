@@ -9,7 +9,9 @@ import torch
 from kernel_cases import qkv, random_map, tensors, uniform_plan
 from torch import Tensor
 
-from falloff.kernels import run
+from falloff.kernels import proof, run
+from falloff.kernels.choose import kernel_named
+from falloff.kernels.trial import Trial
 from falloff.plan import BlockMap, Plan
 
 
@@ -101,3 +103,9 @@ def test_offsets_beyond_two_to_the_31_elements(strides, packed, tmp_path):
     far = tuple(scattered(x, *strides, tmp_path / name) for name, x in zip("qkv", near, strict=True))
     for got, expected in zip(run(plan, *far, impl="triton"), run(plan, *near, impl="triton"), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("block", "dtype"), [(32, torch.float32), (None, torch.float16)])
+def test_it_passes_the_trial_that_it_has_on_a_gpu(block, dtype):
+    trial = Trial(torch.device("cpu"), dtype, 32, block, block, own_maps=(True, True), partial=True, grad=True)
+    assert proof.verdict(kernel_named("triton"), trial) is None

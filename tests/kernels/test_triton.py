@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from kernel_cases import Case, cases, qkv, random_map, uniform_plan
 
 from falloff.kernels import UnsupportedError, choose, run, triton, triton_lists
+from falloff.kernels.choose import kernel_named
 from falloff.kernels.needs import Needs
 from falloff.kernels.triton_tiles import HALF, architecture, tile_for
 from falloff.plan import BlockMap, Plan, dense_plan
@@ -119,6 +120,11 @@ def test_it_says_why_it_cannot_run_here(monkeypatch):
         run(dense_plan(8, 8), q, q, q, impl="triton")
     monkeypatch.setattr(triton, "find_spec", lambda name: None)
     assert "Triton is not installed" in dict(choose(dense_plan(8, 8), q).skipped)["triton"]
+
+
+def test_what_a_compiler_makes_of_it_on_a_gpu_is_tried_first():
+    assert kernel_named("triton").trial is triton.trial
+    assert triton.trial().device == torch.device("cuda")
 
 
 @pytest.mark.parametrize(

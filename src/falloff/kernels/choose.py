@@ -44,7 +44,15 @@ OWN = (
         trial=cpu_simd.trial,
     ),
     Kernel("cpu", "CPUs, forward and backward", cpu.attention, lambda: None, cpu.refuse, skips=True),
-    Kernel("triton", "NVIDIA GPUs, forward and backward", triton.attention, triton.absent, triton.refuse, skips=True),
+    Kernel(
+        "triton",
+        "NVIDIA GPUs, forward and backward",
+        triton.attention,
+        triton.absent,
+        triton.refuse,
+        skips=True,
+        trial=None if triton.interpreting() else triton.trial,  # the interpreter compiles nothing
+    ),
     Kernel(
         "reference",
         "any device; memory grows with the square of the tokens",

@@ -19,7 +19,7 @@ the specification, and Triton kernels on CUDA devices (``triton_linear``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from falloff.kernels import triton, triton_linear
+from falloff.kernels import proof, triton, triton_linear
 from falloff.kernels.blocks import Blocks, kv_blocks, q_blocks
 from falloff.kernels.errors import UnsupportedError
 from falloff.kernels.groups import Group, groups_within, of_group
-from falloff.kernels.needs import differentiable
+from falloff.kernels.needs import Needs, differentiable
+from falloff.kernels.trial import Trial
 from falloff.kernels.triton_linear import LEAST
 from falloff.plan import Plan
 
@@ -40,8 +41,11 @@ Features = Literal["softmax", "elu", "relu"]
 """Feature maps phi of unscaled queries and keys: softmax over a head's channels, elu (+ 1) or relu."""
 Impl = Literal["auto", "torch", "triton"]
 Phi = Callable[[Tensor], Tensor]
+Named = dict[str, Tensor]
 WORKING_BYTES = 256 << 20
 """Held at once beside queries, keys, values and results."""
+TOLERANCE = 5e-2
+"""Relative error of a trial of the Triton kernels: above bfloat16's, far below what a wrong sum does."""
 SMOOTHING = 1e-5
 """The eps of linear attention over all keys, as in SLA's later code; without effect on a query that keys answer."""
 
@@ -87,23 +91,39 @@ def linear_attention(
     Raises ``UnsupportedError`` when "triton" is asked for and cannot run the call.
     """
     if impl != "torch":
-        why = _refuse_triton(q_BHND, over)
+        why = _refuse_triton(plan, q_BHND, k_BHND, v_BHND, features, over)
         if impl == "triton" and why is not None:
             raise UnsupportedError(f"linear attention's kernel 'triton' cannot run this call: {why}")
         if why is None and (impl == "triton" or q_BHND.is_cuda) and not isinstance(over, Tensor):
-            marks, eps = (None, SMOOTHING) if over == "all" else (_left_over(plan, over), 0.0)
-            return triton_linear.linear_attention(
-                plan, marks, q_BHND, k_BHND, v_BHND, features=features, eps=eps, key_valid=key_valid
-            )
+            return _by_triton(plan, q_BHND, k_BHND, v_BHND, features, over, key_valid)
+    return _by_torch(plan, q_BHND, k_BHND, v_BHND, features, over, key_valid)
+
+
+def _by_triton(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, features: Features, over: Over, key_valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    marks, eps = (None, SMOOTHING) if over == "all" else (_left_over(plan, over), 0.0)
+    return triton_linear.linear_attention(plan, marks, q, k, v, features=features, eps=eps, key_valid=key_valid)
+
+
+def _by_torch(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: Features,
+    over: Over | Tensor,
+    key_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     shares = (over,) if isinstance(over, Tensor) else ()
     seen = None if over == "all" else _seen(plan, over)
-    batch, heads, _, head_dim = q_BHND.shape
-    wide = torch.promote_types(q_BHND.dtype, torch.float32)
+    batch, heads, _, head_dim = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
     results = []
     for group in groups_within(batch, heads, _head_bytes(plan, head_dim, wide), WORKING_BYTES):
         valid = None if key_valid is None else key_valid[group[0]]
         run = partial(_attention, PHI[features], seen, group, valid)
-        tensors = (q_BHND[group], k_BHND[group], v_BHND[group])
+        tensors = (q[group], k[group], v[group])
         if differentiable(*tensors, *shares):
             results.append(checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -112,11 +132,37 @@ def linear_attention(
     return out.view(batch, heads, -1, head_dim), denominators.view(batch, heads, -1)
 
 
-def _refuse_triton(q_BHND: Tensor, over: Over | Tensor) -> str | None:
+def _refuse_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, features: Features, over: Over | Tensor) -> str | None:
     """Why the Triton kernels cannot run a call; ``None`` where they can."""
     if isinstance(over, Tensor):
         return "it sums whole blocks, not shares of them"
-    return triton.absent() or triton.refuse_tensors(q_BHND)
+    why = triton.absent() or triton.refuse_tensors(q)
+    if why is not None or triton.interpreting():  # which compiles nothing that could be wrong
+        return why
+    return _fault(Trial.like(Needs(plan, q, grad=differentiable(q, k, v), lse=False)), features, over)
+
+
+@cache
+def _fault(trial: Trial, features: Features, over: Over) -> str | None:
+    """Why the Triton kernels, as compiled on this machine, are not believed for calls like a trial."""
+
+    def compare() -> str | None:
+        got, expected = (_answer(attend, trial, features, over) for attend in (_by_triton, _by_torch))
+        return proof.difference(got, expected, TOLERANCE)
+
+    return proof.tried(compare, trial.device)
+
+
+def _answer(attend: Callable[..., tuple[Tensor, Tensor]], trial: Trial, features: Features, over: Over) -> Named:
+    """All that one of the two answers in a trial, by name."""
+    plan = trial.plans()[0]
+    inputs = [x.requires_grad_(trial.grad) for x in trial.tensors(plan)]
+    out, denominators = attend(plan, *inputs, features, over)
+    answer = {"output": out.detach(), "denominators": denominators.detach()}
+    if trial.grad:
+        grads = torch.autograd.grad(out.float().square().sum() + denominators.sum(), inputs)
+        answer |= {f"gradient of {name}": grad for name, grad in zip("qkv", grads, strict=True)}
+    return answer
 
 
 def _attention(

@@ -1,4 +1,5 @@
-"""Foreign kernels run only after they have been seen to agree with the reference, once in a process.
+"""Kernels of others, and those that a compiler makes on this machine, run only after they have been seen to agree with
+the reference, once in a process.
 
 What their documentation promises is not enough: block lists have been ignored without a word, and the answer was
 dense attention. Tried is what the call at hand asks for (type, head size, blocks, maps, gradients), on tiny tensors.
@@ -6,9 +7,10 @@ dense attention. Tried is what the call at hand asks for (type, head size, block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -23,27 +25,32 @@ LSE_TOLERANCE = 2e-2  # absolute, natural logarithm: a base of 2 is off by more
 
 
 def fault(kernel: Kernel, needs: Needs) -> str | None:
-    """Why a kernel is not believed for a call; ``None`` for our own and for one that passed its trial."""
+    """Why a kernel is not believed for a call; ``None`` for one that needs no trial or has passed it."""
     return None if kernel.trial is None else verdict(kernel, Trial.like(needs))
 
 
 @cache
 def verdict(kernel: Kernel, trial: Trial) -> str | None:
-    """Run a trial once in a process; ``None`` when it is passed, else what went wrong.
+    """Run a trial once in a process; ``None`` when it is passed, else what went wrong."""
+    return tried(partial(_compare, kernel, trial), trial.device)
+
+
+def tried(compare: Callable[[], str | None], device: torch.device) -> str | None:
+    """What a comparison on a device finds wrong, be it that it fails.
 
     In a thread of its own, which knows nothing of the caller's autocast and inference mode, nor of the hooks by which
     gradient checkpointing counts saved tensors.
     """
+
+    def guarded() -> str | None:
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return compare()
+        except Exception as error:  # a kernel that is not ours may fail in any way: it is not believed then
+            return f"its trial failed: {type(error).__name__}: {_first_line(error)}"
+
     with ThreadPoolExecutor(1) as apart:
-        return apart.submit(_tried, kernel, trial).result()
-
-
-def _tried(kernel: Kernel, trial: Trial) -> str | None:
-    try:
-        with torch.cuda.device(trial.device) if trial.device.type == "cuda" else nullcontext():
-            return _compare(kernel, trial)
-    except Exception as error:  # a kernel that is not ours may fail in any way: it is not believed then
-        return f"its trial failed: {type(error).__name__}: {_first_line(error)}"
+        return apart.submit(guarded).result()
 
 
 def _compare(kernel: Kernel, trial: Trial) -> str | None:
@@ -56,7 +63,7 @@ def _compare(kernel: Kernel, trial: Trial) -> str | None:
     if torch.equal(first["output"], second["output"]):
         return "it gave one output for two different maps: it does not read them"
     for got, expected in answers:
-        if (why := _difference(got, expected, kernel.tolerance)) is not None:
+        if (why := difference(got, expected, kernel.tolerance)) is not None:
             return why
     return None
 
@@ -79,7 +86,8 @@ def _answer(attention: Attention, plan: Plan, trial: Trial) -> dict[str, Tensor]
     return answer
 
 
-def _difference(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> str | None:
+def difference(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> str | None:
+    """What of the answers differs by more than it may."""
     for name, want in expected.items():
         have = got[name]
         if have.shape != want.shape or have.dtype != want.dtype:

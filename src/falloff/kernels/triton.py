@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from falloff.kernels.needs import Needs
 from falloff.kernels.skip import PROTECTED
+from falloff.kernels.trial import Trial
 from falloff.kernels.triton_lists import PACKED_TOKENS, Lists, Side, lists, orders
 from falloff.kernels.triton_tiles import HEAD_DIMS, Pass, Tile, architecture, tile_for, tiles_for, whole_blocks
 from falloff.plan import Plan
@@ -75,6 +76,10 @@ def _refuse_skipping(plan: Plan, q: Tensor) -> str | None:
 
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def trial() -> Trial:
+    return Trial(torch.device("cuda"), torch.bfloat16, 128, 128, 128)
 
 
 def attention(
