@@ -15,13 +15,14 @@ import torch
 
 from falloff.kernels import cpu_amx
 
-PACKAGES = ("falloff", "torch", "diffusers", "transformers", "numpy")
+PACKAGES = ("falloff", "torch", "triton", "diffusers", "transformers", "numpy")
+VENDORS = ("nvidia-cudnn-frontend", "flash-attn-4", "flashinfer-python")
 
 
 def versions() -> dict[str, str]:
     """Version of Python and of every package that a figure depends on; those not installed are left out."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *VENDORS):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
