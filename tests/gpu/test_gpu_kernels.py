@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from falloff.kernels import UnsupportedError, available, choose, run
+from falloff.kernels import UnsupportedError, attend, available, choose, run
 from falloff.kernels.linear import Features, Over, linear_attention
 from falloff.plan import BlockMap, Plan
 
@@ -91,6 +91,54 @@ def test_our_kernel_gives_the_same_bits_every_time() -> None:
     inputs = [torch.randn(1, 4, TOKENS, 128, generator=generator, device="cuda").bfloat16() for _ in range(3)]
     first, second = (results(plan, inputs, "triton", None) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def band(tokens: int, size: int = 128) -> Plan:
+    """Each block sees itself and the one before."""
+    count = -(-tokens // size)
+    near = torch.eye(count, dtype=torch.bool) | torch.eye(count, dtype=torch.bool).roll(-1, 1)
+    return Plan(q_len=tokens, kv_len=tokens, q_sizes=size, kv_sizes=size, blocks=BlockMap.from_dense(near))
+
+
+def test_tensors_of_more_elements_than_32_bits_count() -> None:
+    batch, heads, tokens, head_dim = 2, 40, 2**18 + 70, 128
+    assert batch * heads * tokens * head_dim > 2**31
+    if torch.cuda.mem_get_info()[0] < 64 << 30:
+        pytest.skip("needs 64 GiB of free memory")
+    plan = band(tokens).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(5)
+    shape = (batch, tokens, heads, head_dim)
+    q, k, v, weight = (
+        torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)
+    )
+    last = [x[-1:, -1:].clone().requires_grad_() for x in (q, k, v)]
+    whole = [x.requires_grad_() for x in (q, k, v)]
+    expected = attend(plan, *last, impl="triton")
+    out = attend(plan, *whole, impl="triton")
+    assert torch.equal(out[-1:, -1:], expected)
+    for got, want in zip(
+        torch.autograd.grad(out, whole, weight),
+        torch.autograd.grad(expected, last, weight[-1:, -1:]),
+        strict=True,
+    ):
+        assert torch.equal(got[-1:, -1:], want)
+
+
+def test_a_captured_call_computes_anew_when_it_is_replayed() -> None:
+    plan = uniform(128).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(6)
+    first, second = (
+        [torch.randn(1, 4, TOKENS, 128, generator=generator, device="cuda").bfloat16() for _ in range(3)]
+        for _ in range(2)
+    )
+    attend(plan, *first, impl="triton")  # what is compiled, tried and derived from the plan is so before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(plan, *first, impl="triton")
+    for held, new in zip(first, second, strict=True):
+        held.copy_(new)
+    graph.replay()
+    assert torch.equal(out, attend(plan, *second, impl="triton"))
 
 
 def linear_results(plan: Plan, inputs: list[Tensor], impl: str, valid: Tensor, **settings: str) -> list[Tensor]:

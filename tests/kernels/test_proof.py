@@ -73,6 +73,10 @@ def broken(*call: Any) -> Any:
     raise ImportError("libfoo.so.7: cannot open\nand much more")
 
 
+def announced(*call: Any) -> Any:
+    raise RuntimeError("backend='inductor' raised:\nValueError: no such tile\n\nand much more")
+
+
 @pytest.mark.parametrize(
     ("attention", "why"),
     [
@@ -83,6 +87,7 @@ def broken(*call: Any) -> Any:
         (widened, r"its output is torch.float64 \(1, 2, 20, 16\), expected torch.float32"),
         (no_gradient_of_k, "its gradient of k is off by 1, at most 0.01"),
         (broken, "its trial failed: ImportError: libfoo.so.7: cannot open$"),
+        (announced, "its trial failed: RuntimeError: backend='inductor' raised: ValueError: no such tile$"),
     ],
 )
 def test_a_kernel_that_does_something_else_is_caught(attention: Attention, why: str) -> None:

@@ -103,4 +103,6 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: f
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+    """The next one too where the first only announces it, as PyTorch's compiler does."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(line.strip() for line in lines[: 2 if lines and lines[0].endswith(":") else 1])

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -79,6 +80,8 @@ def test_kernels_that_cannot_run_are_rows_with_a_reason(set_times: None) -> None
     assert "cpu-tile" not in row.arms
     assert row.refused["cpu-tile"].startswith(("it computes in bfloat16", "the CPU has neither"))
     assert "cpu-tile was not run: " in "\n".join(notes(row))
+    stopped = dataclasses.replace(row, refused={"sdpa cudnn": "RuntimeError: no viable backend."})
+    assert notes(stopped)[-1] == "sdpa cudnn was not run: RuntimeError: no viable backend."
     assert attention_table(row).row_count == len(row.arms) + 2  # and the ideal
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from falloff.evaluation.bench.attention import ArmResult, Row
@@ -50,7 +51,7 @@ def notes(row: Row) -> list[str]:
     """What the table needs said: the measure of its ratios, and why arms cannot run."""
     return [
         f"Speed-up is over {row.best_dense}, the fastest dense attention here; efficiency is speed-up x density.",
-        *(f"{name} was not run: {reason}." for name, reason in row.refused.items()),
+        *_not_run(row.refused),
     ]
 
 
@@ -105,7 +106,12 @@ def model_notes(row: ModelRow) -> list[str]:
         f"It has {percent(row.by_operations.share)} of the operations: {times(row.by_operations.at_density)} and "
         f"{times(row.by_operations.without_attention)} were all operations equally fast.",
     ]
-    return lines + [f"{name} was not run: {reason}." for name, reason in row.refused.items()]
+    return [*lines, *_not_run(row.refused)]
+
+
+def _not_run(refused: Mapping[str, str]) -> list[str]:
+    """Others end their messages with a full stop of their own."""
+    return [f"{name} was not run: {reason.rstrip('.')}." for name, reason in refused.items()]
 
 
 def _model_cells(arm: ModelArm) -> list[str]:
