@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint matrix figures models clean
+.PHONY: demo test lint matrix gpu figures models clean
 
 demo: $(VENV)/.ready
 	$(BIN)/falloff compare --output outputs/demo
@@ -24,6 +24,18 @@ lint: $(VENV)/.dev
 # in environments of their own. Takes long.
 matrix: $(VENV)/.dev
 	$(BIN)/python tests/matrix/run.py
+
+# What needs a GPU: its tests, then its figures, whose files are named after it: make gpu GPU=h200
+GPU ?= gpu
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 tests/gpu
+	$(BIN)/python benchmarks/attention.py --output benchmarks/results/attention-$(GPU).json
+	$(BIN)/python benchmarks/sla.py --shape wan1.3b-480p --dtype bfloat16 --output benchmarks/results/sla-$(GPU).json
+	for shape in wan14b-720p hunyuan-720p; do \
+		$(BIN)/python -m falloff bench model --shape $$shape --rounds 3 \
+			--output benchmarks/results/model-$(GPU)-$$shape.json || exit; \
+	done
+	$(BIN)/python benchmarks/figures.py
 
 # Rewrites the tables of README.md from the committed results in benchmarks/results.
 figures: $(VENV)/.dev

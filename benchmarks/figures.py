@@ -9,49 +9,31 @@ import argparse
 import json
 import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from markdown import RESULTS, ROOT, source, table
+from speed_figures import (
+    attention_figures,
+    gpu_figures,
+    model_figures,
+    plan_figures,
+    planning_figures,
+    seam_figures,
+    sla_figures,
+)
+
 from falloff.evaluation.figures import highest
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "decoding.md",
     ROOT / "docs" / "training.md",
     *sorted((ROOT / "docs" / "methods").glob("*.md")),
 )
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def source(result: dict[str, Any], path: Path, start: str = "") -> str:
-    """Where figures come from. ``start``: the way from the page to the repository's root."""
-    machine = result["machine"]
-    link = f"{start}{path.relative_to(ROOT)}"
-    return (
-        f"[{path.name}]({link}): {machine['processor']}, {machine['threads']} threads, "
-        f"{machine['vector instructions']}, torch {result['versions']['torch']}."
-    )
-
-
-def plan_figures() -> str:
-    path = RESULTS / "plan-cpu.json"
-    result = json.loads(path.read_text())
-    rows = [
-        [row["size"], row["grid"], f"{row['tokens']:,}", f"{row['density']:.1%}", f"{row['milliseconds']:.0f} ms"]
-        for row in result["rows"]
-        if row["method"] == "radial"
-    ]
-    return table(["size", "grid", "tokens", "density", "plan"], rows) + "\n\n" + source(result, path)
 
 
 def miniature_figures() -> str:
@@ -105,45 +87,6 @@ def decibels(values: list[float | str]) -> str:
     """Mean of decibels; dense runs that repeat to the bit have an infinite noise floor."""
     mean = fmean(float(value) for value in values)
     return "identical" if mean == float("inf") else f"{mean:.1f} dB"
-
-
-def attention_figures() -> str:
-    path = RESULTS / "attention-cpu.json"
-    result = json.loads(path.read_text())
-    rows = []
-    for row in result["rows"]:
-        shape = f"{row['heads']} heads x {row['head_dim']}, {row['tokens']:,} tokens, blocks of {row['block']}"
-        kind = "Radial map" if row["map"] == "radial" else "random maps"
-        start = [f"{shape}, {kind}, {row['dtype']}", f"{row['density']:.1%}"]
-        for name, arm in row["arms"].items():
-            if arm["kind"] == "sparse":
-                rows.append([*start, name, f"{arm['speedup']:.2f}x", f"{arm['efficiency']:.2f}"])
-    refused = {(name, reason) for row in result["rows"] for name, reason in row["refused"].items()}
-    reasons = ["Not measured: " + "; ".join(f"{name} ({reason})" for name, reason in sorted(refused)) + "."]
-    head = ["attention", "density", "kernel", "speed-up", "efficiency"]
-    return "\n\n".join([table(head, rows), *(reasons if refused else []), source(result, path)])
-
-
-def sla_figures() -> str:
-    """One call of SLA by the keys of its linear part, and what its blocks alone would take."""
-    path = RESULTS / "sla-cpu.json"
-    if not path.exists():
-        return ""
-    result = json.loads(path.read_text())
-    tables = []
-    for row in result["rows"]:
-        arms = row["arms"]
-        dense = (name for name, way in arms.items() if way["kind"] == "dense")
-        fastest = min(dense, key=lambda name: arms[name]["forward_ms"] + arms[name]["backward_ms"])
-        names = [fastest, "blocks alone", *(name for name in arms if name.startswith("SLA"))]
-        lines = [[name, *both(arms[name], "forward"), *both(arms[name], "backward")] for name in names]
-        head = f"{row['heads']} heads x {row['head_dim']}, {row['tokens']:,} tokens, {row['dtype']}"
-        tables.append(table([head, "forward", "against dense", "backward", "against dense"], lines))
-    return "\n\n".join([*tables, source(result, path, "../../")])
-
-
-def both(way: dict[str, float], pass_: str) -> list[str]:
-    return [f"{way[f'{pass_}_ms']:.0f} ms", f"{way[f'{pass_}_speedup']:.2f}x"]
 
 
 def methods_figures() -> str:
@@ -211,40 +154,6 @@ def method_row(arm: dict[str, Any]) -> list[str]:
         measured_speedup(arm),
         f"{arm['plan_seconds'] / fmean(arm['seconds']):.1%}",
     ]
-
-
-def seam_figures() -> str:
-    path = RESULTS / "seam-cpu.json"
-    result = json.loads(path.read_text())
-    rows = [
-        [
-            f"{row['grid']} tokens, a step" if "grid" in row else "one layer's attention to one token",
-            name,
-            f"{row['native_ms']:.1f} ms" if "grid" in row else f"{row['native_us']:.0f} us",
-            f"{cost['share_of_step']:.2%}",
-            f"{cost['us_a_call']:.0f} us",
-        ]
-        for row in result["rows"]
-        for name, cost in row["attached"].items()
-    ]
-    head = ["miniature", "attached", "without", "more, of it", "more a call"]
-    return table(head, rows) + "\n\n" + source(result, path)
-
-
-def planning_figures() -> str:
-    """Memory of a method's first call and of its second, by shape."""
-    parts = []
-    for path in sorted(RESULTS.glob("planning-*.json")):
-        result = json.loads(path.read_text())
-        first = result["rows"][0]
-        calls: dict[str, list[str]] = defaultdict(list)
-        for row in result["rows"]:
-            calls[row["method"]] = calls[row["method"]] or [f"{row['density']:.0%}"]
-            calls[row["method"]].append(f"{row['extra_bytes'] / 1e6:.0f} MB")
-        size = f"{first['tokens']:,} tokens, {first['heads']} heads of {first['head_dim']}"
-        head = [size, "density", "first call", "next"]
-        parts += [table(head, [[name, *both] for name, both in calls.items()]), source(result, path, "../../")]
-    return "\n\n".join(parts)
 
 
 def decoding_figures() -> str:
@@ -349,6 +258,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "quality": quality_figures,
     "plan": plan_figures,
     "attention": attention_figures,
+    "model": model_figures,
+    "gpu": gpu_figures,
     "sla": sla_figures,
     "methods": methods_figures,
     "tuned": partial(arms_figures, "tuned"),
