@@ -28,7 +28,7 @@ from falloff.evaluation.bench.arms import Inputs, arm, dense_arms
 from falloff.evaluation.bench.dense import Attend
 from falloff.evaluation.bench.shapes import Shape, shape_of
 from falloff.evaluation.bench.timing import Times, interleaved, tried
-from falloff.kernels.linear import Over, linear_attention
+from falloff.kernels.linear import Over, linear_attention, refuse_triton
 from falloff.methods.base import Call, State
 from falloff.methods.branch import Layer, Work
 from falloff.plan import Plan
@@ -79,6 +79,7 @@ def measure(density: float, shape: Shape, dtype: torch.dtype, device: torch.devi
     ways["blocks alone"] = lambda q, k, v: kernels.attend(plan, q, k, v)  # the same blocks, whichever the plan
     able, failed = tried(dense | {name: arm(attend, inputs) for name, attend in ways.items()}, device)
     times = interleaved(able, rounds=rounds, device=device, threads=torch.get_num_threads())
+    without = refuse_triton(plan, *inputs[:3], method.features, method.linear_over)
     peers = {name: taken for name, taken in times.items() if name in dense}
     return {
         "shape": shape.name,
@@ -89,6 +90,7 @@ def measure(density: float, shape: Shape, dtype: torch.dtype, device: torch.devi
         "density": plan.density,
         "plan_ms": plan_ms,
         "kernel": kernels.choose(plan, inputs.q, needs_grad=True, needs_lse=False).name,
+        "linear": "triton" if without is None else f"PyTorch's operators, not triton: {without}",
         "arms": {name: {"kind": "dense" if name in dense else "sparse"} | told(times[name], peers) for name in times},
         "refused": refused | failed,
     }

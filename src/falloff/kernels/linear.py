@@ -91,7 +91,7 @@ def linear_attention(
     Raises ``UnsupportedError`` when "triton" is asked for and cannot run the call.
     """
     if impl != "torch":
-        why = _refuse_triton(plan, q_BHND, k_BHND, v_BHND, features, over)
+        why = refuse_triton(plan, q_BHND, k_BHND, v_BHND, features, over)
         if impl == "triton" and why is not None:
             raise UnsupportedError(f"linear attention's kernel 'triton' cannot run this call: {why}")
         if why is None and (impl == "triton" or q_BHND.is_cuda) and not isinstance(over, Tensor):
@@ -132,7 +132,7 @@ def _by_torch(
     return out.view(batch, heads, -1, head_dim), denominators.view(batch, heads, -1)
 
 
-def _refuse_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, features: Features, over: Over | Tensor) -> str | None:
+def refuse_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, features: Features, over: Over | Tensor) -> str | None:
     """Why the Triton kernels cannot run a call; ``None`` where they can."""
     if isinstance(over, Tensor):
         return "it sums whole blocks, not shares of them"
