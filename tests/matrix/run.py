@@ -32,6 +32,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "diffusers 0.41.0": ("diffusers==0.41.0", TRANSFORMERS_5),
     "diffusers 0.42.1": ("diffusers==0.42.1", TRANSFORMERS_5),
     "torch 2.6.0": ("torch==2.6.0", "torchao==0.9.0", "peft==0.18.1", "diffusers==0.42.1", TRANSFORMERS_5),
+    "torch 2.11.0": ("torch==2.11.0", "diffusers==0.42.1", TRANSFORMERS_5),
     VENDORS: (
         "--no-deps",  # of which one is a PyTorch with CUDA
         "nvidia-cudnn-frontend==1.32.0",
