@@ -37,7 +37,7 @@ PRODUCTS: dict[Pass, int] = {"forward": 2, "dq": 3, "dkv": 4}
 """Of a tile of queries with one of keys."""
 CANDIDATES: dict[Pass, tuple[Tile, ...]] = {
     "forward": (
-        Tile(128, 128, 8, 3),
+        *(Tile(128, 128, warps, 3) for warps in (4, 8)),
         *(Tile(128, 64, 8, stages) for stages in (3, 5, 7)),
         Tile(128, 32, 8, 5),
         Tile(64, 128, 4, 3),

@@ -1,7 +1,8 @@
 """Tile sizes by architecture: data. Every row is compiled in the tests, which hold it to its chip's limits.
 
 A program takes up to ``own`` tokens of its side, ``other`` tokens of the other side at a time. The compiler holds
-``(stages + 1) // 2`` tiles of a list in flight, one hop for the list and one for what it names.
+``(stages + 1) // 2`` tiles of a list in flight, one hop for the list and one for what it names. Not yet measured here
+(``benchmarks/tiles.py``); Hopper's for blocks of 128 are, but for the stages, those that FlexAttention takes there.
 """
 
 from __future__ import annotations
