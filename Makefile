@@ -28,6 +28,7 @@ matrix: $(VENV)/.dev
 # What needs a GPU: its tests, then its figures, whose files are named after it: make gpu GPU=h200
 GPU ?= gpu
 gpu: $(VENV)/.dev
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "PyTorch finds no CUDA device")'
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 tests/gpu
 	$(BIN)/python benchmarks/attention.py --output benchmarks/results/attention-$(GPU).json
 	$(BIN)/python benchmarks/sla.py --shape wan1.3b-480p --dtype bfloat16 --output benchmarks/results/sla-$(GPU).json
