@@ -29,6 +29,8 @@ from falloff.kernels.triton_states import gather_kernel, gradient_kernel, spread
 from falloff.kernels.triton_tiles import FULL, HALF, HEAD_DIMS, LINEAR, Tile, whole_blocks  # noqa: E402 - as above
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
+"""The instruction for a chip's own tensor cores, which multiplies several times as fast as that of older ones."""
 LINEAR_KERNELS = {"gather": gather_kernel, "spread": spread_kernel, "gradient": gradient_kernel}
 
 
@@ -117,8 +119,8 @@ def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row, Future[Compiled]]) -
     # gradients of keys on Hopper, where smaller tiles would multiply half as much at once
     few = 128 if (row.arch, row.phase) in ((120, "forward"), (90, "dkv")) else 64
     assert kernel.stack <= (few if row.dtype == "bf16" else 256), "registers spill"
-    if row.arch == 90 and row.dtype == "bf16" and row.tile.own >= 64:
-        assert "wgmma" in kernel.texts["ptx"]
+    if row.arch in TENSOR_CORES and row.dtype == "bf16" and row.tile.own >= 64:
+        assert TENSOR_CORES[row.arch] in kernel.texts["ptx"]
     assert_offsets_are_64_bit(kernel)
 
 
