@@ -23,6 +23,7 @@ from cutlass import cute
 from cutlass.cute import runtime
 from torch import Tensor
 
+from falloff.evaluation.bench import dense
 from falloff.kernels.trial import Trial
 from falloff.kernels.vendor import cudnn, flash4, flashinfer, probe
 
@@ -161,6 +162,17 @@ def test_flash_attention_4(hopper: list[str], name: str) -> None:
     answer(flash4, trial)
     assert hopper.count("FlashAttentionForwardSm90") == 2
     assert hopper.count("FlashAttentionBackwardSm90") == 2 * trial.grad
+
+
+def test_flash_attention_4_as_the_dense_peer_of_benchmarks(hopper: list[str]) -> None:
+    attend = dense._foreign(dense.FOREIGN["flash-attention 4"])
+    shape = trial(grad=True)
+    q, k, v = (x.requires_grad_() for x in shape.tensors(shape.plans()[0]))
+    out = attend(q, k, v)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    grads = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+    assert [hopper.count(f"FlashAttention{way}Sm90") for way in ("Forward", "Backward")] == [1, 1]
 
 
 @pytest.mark.parametrize("name", [name for name, each in TRIALS.items() if not each.grad])
