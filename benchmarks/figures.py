@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from markdown import RESULTS, ROOT, source, table
+from pages import RESULTS, ROOT, source, table
 from speed_figures import (
     attention_figures,
     gpu_figures,

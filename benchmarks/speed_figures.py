@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from markdown import RESULTS, source, table
+from pages import RESULTS, source, table
 
 
 def plan_figures() -> str:

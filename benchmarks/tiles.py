@@ -30,7 +30,8 @@ from falloff.evaluation.bench.arms import Inputs
 from falloff.evaluation.bench.maps import plan_of
 from falloff.evaluation.bench.shapes import Shape, shape_of
 from falloff.evaluation.bench.timing import Arm, interleaved, tried
-from falloff.kernels.triton_tiles import HALF, HEAD_DIMS, Pass, Tile, architecture, tile_for
+from falloff.kernels.triton import machine
+from falloff.kernels.triton_tiles import HALF, Pass, Tile, head_class, tile_for
 from falloff.plan import Plan
 
 PRODUCTS: dict[Pass, int] = {"forward": 2, "dq": 3, "dkv": 4}
@@ -51,7 +52,7 @@ CANDIDATES: dict[Pass, tuple[Tile, ...]] = {
         *(Tile(64, 64, warps, 3) for warps in (4, 8)),
     ),
     "dkv": (
-        Tile(128, 64, 8, 3),
+        *(Tile(128, other, 8, 3) for other in (32, 64)),
         Tile(64, 128, 8, 3),
         *(Tile(64, 64, 8, stages) for stages in (2, 3)),
         *(Tile(64, other, 4, 3) for other in (32, 64)),
@@ -68,10 +69,10 @@ def measure(
     inputs = Inputs.random(
         shape.heads, shape.tokens, shape.head_dim, dtype=dtype, device=device, backward=phase != "forward"
     )
-    arch = architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 80
+    arch, half = machine(inputs.q)
     block, blocks = int(plan.q_sizes), plan.blocks.shape[2]
-    listed = tile_for(arch, phase, shape.head_dim, torch.float16, block, plan.q_len / blocks)
-    row = phase, next(most for most in HEAD_DIMS if shape.head_dim <= most)
+    listed = tile_for(arch, phase, shape.head_dim, half, block, plan.q_len / blocks)
+    row = phase, head_class(shape.head_dim)
     tiles = dict.fromkeys((listed, *(tile for tile in CANDIDATES[phase] if max(tile[:2]) <= block)))
     arms = {str(tuple(tile)): one_pass(phase, plan, inputs, partial(only, arch, row, tile)) for tile in tiles}
     name = str(tuple(listed))

@@ -115,9 +115,8 @@ def test_a_tile_fits_its_chip(row: Row, compiled: dict[Row, Future[Compiled]]) -
     kernel = compiled[row].result()
     assert kernel.shared <= SHARED[row.arch]
     assert kernel.registers * 32 * row.tile.warps <= REGISTERS
-    # bytes: the forward on sm_120, with orders and valid keys or blocks left out, is a few registers short, and so are
-    # gradients of keys on Hopper, where smaller tiles would multiply half as much at once
-    few = 128 if (row.arch, row.phase) in ((120, "forward"), (90, "dkv")) else 64
+    # bytes: with orders and valid keys, whose addresses are loaded, one tile leaves its chip a few registers short
+    few = 128 if (row.arch, row.phase, row.plain) == (120, "forward", False) else 64
     assert kernel.stack <= (few if row.dtype == "bf16" else 256), "registers spill"
     if row.arch in TENSOR_CORES and row.dtype == "bf16" and row.tile.own >= 64:
         assert TENSOR_CORES[row.arch] in kernel.texts["ptx"]

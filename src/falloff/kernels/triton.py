@@ -64,7 +64,7 @@ def refuse_tensors(q: Tensor) -> str | None:
 
 
 def _refuse_skipping(plan: Plan, q: Tensor) -> str | None:
-    arch, dtype = _machine(q)
+    arch, dtype = machine(q)
     if whole_blocks(arch, q.shape[3], dtype, plan.q_sizes, plan.kv_sizes) is not None:
         return None
     tiles = tiles_for(arch, "forward", q.shape[3], dtype)
@@ -187,7 +187,7 @@ def _launch(
 
 
 def _work(phase: Pass, plan: Plan, q: Tensor) -> tuple[Lists, Tile]:
-    arch, dtype = _machine(q)
+    arch, dtype = machine(q)
     if plan.skip is not None:
         tile = whole_blocks(arch, q.shape[3], dtype, plan.q_sizes, plan.kv_sizes)
         assert tile is not None  # else the call was refused
@@ -202,7 +202,7 @@ def _work(phase: Pass, plan: Plan, q: Tensor) -> tuple[Lists, Tile]:
     return lists(plan, side, tile.own, tile.other), tile
 
 
-def _machine(q: Tensor) -> tuple[int, torch.dtype]:
+def machine(q: Tensor) -> tuple[int, torch.dtype]:
     """Architecture and type that tiles are chosen for; the interpreter knows no limits, so it runs any."""
     if not q.is_cuda:
         return 80, torch.float16

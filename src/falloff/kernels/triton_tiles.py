@@ -1,8 +1,8 @@
 """Tile sizes by architecture: data. Every row is compiled in the tests, which hold it to its chip's limits.
 
 A program takes up to ``own`` tokens of its side, ``other`` tokens of the other side at a time. The compiler holds
-``(stages + 1) // 2`` tiles of a list in flight, one hop for the list and one for what it names. Not yet measured here
-(``benchmarks/tiles.py``); Hopper's for blocks of 128 are, but for the stages, those that FlexAttention takes there.
+``(stages + 1) // 2`` tiles of a list in flight, one hop for the list and one for what it names. None has been measured
+yet (``benchmarks/tiles.py``).
 """
 
 from __future__ import annotations
@@ -51,12 +51,13 @@ _LARGE = {
     ("dq", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
     ("dkv", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
 }
+_HOPPER = _LARGE | {("dkv", 128): (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3))}  # with 64 queries registers spill
 HALF: dict[int, dict[tuple[Pass, int], tuple[Tile, ...]]] = {
     80: _SMALL | _WIDE | {("forward", 128): (Tile(128, 64, 8, 5), Tile(64, 64, 4, 3))},
     89: _SMALL,
-    90: _LARGE,
+    90: _HOPPER,
     100: _LARGE,
-    120: _SMALL,
+    120: _SMALL | {("forward", 256): (Tile(64, 32, 4, 2),)},
 }
 """Of 16-bit tensors: architecture -> (pass, head dims up to) -> tiles, the most efficient first."""
 FULL = Tile(16, 16, 8, 2)
@@ -72,11 +73,16 @@ def tiles_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype) -> tupl
     """The tiles to choose from."""
     if dtype.itemsize == 4:
         return (FULL,)
-    return HALF[arch][phase, next(most for most in HEAD_DIMS if head_dim <= most)]
+    return HALF[arch][phase, head_class(head_dim)]
 
 
 def linear_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    return LINEAR[dtype.itemsize][next(most for most in HEAD_DIMS if head_dim <= most)]
+    return LINEAR[dtype.itemsize][head_class(head_dim)]
+
+
+def head_class(head_dim: int) -> int:
+    """The one of ``HEAD_DIMS`` whose tiles serve a head."""
+    return next(most for most in HEAD_DIMS if head_dim <= most)
 
 
 def tile_for(arch: int, phase: Pass, head_dim: int, dtype: torch.dtype, sizes: Sizes, mean: float) -> Tile:
